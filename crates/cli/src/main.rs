@@ -1,0 +1,3 @@
+//! The `moebius` command: parse, call, print.
+#![forbid(unsafe_code)]
+fn main() {}

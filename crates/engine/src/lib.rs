@@ -1,0 +1,2 @@
+//! Prompt to text: generation, sampling, stop rules.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Arithmetic on slices: the only SIMD, the only thread-parallel loops. Knows no tensor, no model.
+

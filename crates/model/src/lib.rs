@@ -1,0 +1,2 @@
+//! Configurations, families, checkpoints, the decoder and its cache.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Routers, plans, dispatch, expert banks, balance losses, statistics.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Tolerances, finite differences, tiny models, golden readers. Unpublished: for tests only.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Data, optimiser, schedule, trainer, checkpoint and resume.
+#![forbid(unsafe_code)]
