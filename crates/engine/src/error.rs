@@ -1,0 +1,88 @@
+//! What can go wrong between a prompt and its text.
+
+use std::path::PathBuf;
+
+/// An error of the engine: each text names what was wanted and what was found.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The tokenizer file cannot be read.
+    #[error("{}: cannot read the tokenizer: {source}", path.display())]
+    TokenizerFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The bytes are no tokenizer.
+    #[error("{name}: not a tokenizer.json: {reason}")]
+    TokenizerFormat {
+        /// The file, or the name given to the bytes.
+        name: String,
+        /// What the parser says.
+        reason: String,
+    },
+    /// The tokenizer refused a text or a row of ids.
+    #[error("{name}: the tokenizer cannot {action}: {reason}")]
+    Tokenize {
+        /// The tokenizer's file.
+        name: String,
+        /// "encode the text" or "decode the tokens".
+        action: &'static str,
+        /// What it says.
+        reason: String,
+    },
+    /// A sampling option is out of its range.
+    #[error("{option} must be {wanted}, found {found}")]
+    Sampling {
+        /// The option's name.
+        option: &'static str,
+        /// The range.
+        wanted: &'static str,
+        /// The value.
+        found: f64,
+    },
+    /// The logits are unusable.
+    #[error("the logits hold {found} for token {token}: the weights are damaged or have overflowed")]
+    Logits {
+        /// The first token whose logit is not a number or infinite.
+        token: usize,
+        /// That logit.
+        found: f32,
+    },
+    /// No token may be chosen.
+    #[error("the logits of all {0} tokens are -inf: there is nothing to choose")]
+    NoCandidate(usize),
+    /// The prompt has no token.
+    #[error("the prompt is empty: give at least one character")]
+    EmptyPrompt,
+    /// A token that the model does not have.
+    #[error("token {token} at position {position} is outside the model's vocabulary of {vocabulary}")]
+    TokenOutOfVocabulary {
+        /// The id.
+        token: u32,
+        /// Where it stands.
+        position: usize,
+        /// The number of ids the model has.
+        vocabulary: usize,
+    },
+    /// The prompt leaves no room.
+    #[error("the prompt has {found} tokens, but the model's context holds {context}: shorten it to {} or fewer", context - 1)]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        found: usize,
+        /// Positions the model has.
+        context: usize,
+    },
+    /// A generation_config.json or config.json is wrong.
+    #[error("{file}: `{key}` must be {wanted}, found {found}")]
+    GenerationConfig {
+        /// The file.
+        file: String,
+        /// The key.
+        key: String,
+        /// What it should hold.
+        wanted: &'static str,
+        /// What it holds.
+        found: String,
+    },
+}
