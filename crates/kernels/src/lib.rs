@@ -2,8 +2,16 @@
 
 pub mod activation;
 pub mod attention;
+pub mod gemm;
+pub mod isa;
 pub mod loss;
+pub mod memory;
 pub mod norm;
 pub mod optimizer;
+pub mod parallel;
 pub mod rope;
 pub mod select;
+mod simd;
+mod tasks;
+#[cfg(test)]
+mod testing;

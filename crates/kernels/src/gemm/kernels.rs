@@ -1,0 +1,136 @@
+//! What an instruction set brings to the products: two packers and a kernel, behind one table.
+
+use std::ops::Range;
+
+use super::packed::{BLOCK_WORDS, LANES};
+use super::{Mat, Precision, portable};
+use crate::isa::Isa;
+
+/// The functions of one instruction set and precision, and the block of rows that its kernel takes.
+pub(super) struct Kernels {
+    /// Rows of a block of the left operand.
+    pub(super) block_rows: usize,
+    /// A block is padded with zero rows to a multiple of this.
+    pub(super) row_multiple: usize,
+    /// Along how much of K, in k blocks, a block of rows goes before the next has its turn.
+    pub(super) k_blocks: usize,
+    pub(super) precision: Precision,
+    pub(super) pack_rows: PackFn,
+    pub(super) pack_panels: PackFn,
+    pub(super) multiply: MultiplyFn,
+}
+
+/// Packs lines; the last argument is where the words go.
+///
+/// # Safety
+/// The instruction set is there, the lines are readable, the words writable.
+pub(super) type PackFn = unsafe fn(&Lines, usize, *mut u32);
+/// Multiplies a block of rows with panels.
+///
+/// # Safety
+/// The instruction set is there, and the pointers of the [`BlockProduct`] hold what it says.
+pub(super) type MultiplyFn = unsafe fn(&BlockProduct);
+
+/// Rows of the left operand, or columns of the right one, to be packed along K.
+#[derive(Clone, Copy)]
+pub(super) struct Lines<'a> {
+    data: &'a [f32],
+    pub(super) count: usize,
+    /// Elements of a line.
+    pub(super) k: usize,
+    /// From a line to the next.
+    pub(super) line_stride: usize,
+    /// From an element of a line to the next.
+    pub(super) k_stride: usize,
+}
+
+impl<'a> Lines<'a> {
+    pub(super) fn rows(a: Mat<'a>) -> Self {
+        let lines = Self { data: a.data, count: a.rows, k: a.cols, line_stride: a.row_stride, k_stride: a.col_stride };
+        let last = |count: usize, stride: usize| count.saturating_sub(1) * stride;
+        let needed = last(lines.count, lines.line_stride) + last(lines.k, lines.k_stride) + 1;
+        assert!(lines.count == 0 || lines.k == 0 || needed <= lines.data.len(), "a view that leaves its slice");
+        assert!(lines.line_stride == 1 || lines.k_stride == 1 || lines.count <= 1 || lines.k <= 1);
+        lines
+    }
+
+    pub(super) fn columns(b: Mat<'a>) -> Self {
+        Self::rows(b.t())
+    }
+
+    pub(super) fn start(&self) -> *const f32 {
+        self.data.as_ptr()
+    }
+
+    /// Element `k` of line `line`; zero outside.
+    pub(super) fn at(&self, line: usize, k: usize) -> f32 {
+        if line < self.count && k < self.k { self.data[line * self.line_stride + k * self.k_stride] } else { 0.0 }
+    }
+}
+
+/// A block of rows times some panels, along some of K: `c = [c +] a b`.
+pub(super) struct BlockProduct {
+    /// `[k blocks][rows, padded][16 words]`.
+    pub(super) a: *const u32,
+    pub(super) rows: usize,
+    pub(super) k_blocks: usize,
+    /// The first panel at the first k block; `[k blocks][16 words][16 columns]`.
+    pub(super) b: *const u32,
+    /// Words from a panel to the next.
+    pub(super) panel_stride: usize,
+    /// Columns of the result; the last panel may be used in part.
+    pub(super) columns: usize,
+    pub(super) c: *mut f32,
+    pub(super) c_stride: usize,
+    /// Start from what `c` holds instead of zero.
+    pub(super) accumulate: bool,
+}
+
+impl Kernels {
+    /// The table for `isa`, which the machine must have.
+    pub(super) fn of(isa: Isa, precision: Precision) -> &'static Self {
+        assert!(isa <= Isa::best());
+        match (isa, precision) {
+            (_, Precision::F32) => &portable::F32,
+            (_, Precision::Bf16) => &portable::BF16,
+        }
+    }
+
+    /// The rows that a block of `rows` rows takes when packed.
+    pub(super) fn padded_rows(&self, rows: usize) -> usize {
+        rows.next_multiple_of(self.row_multiple)
+    }
+
+    /// Packs a block of rows as `[k blocks][padded rows][16 words]`.
+    pub(super) fn pack_rows(&self, rows: &Lines, words: &mut [u32]) {
+        let padded = self.padded_rows(rows.count);
+        assert!(rows.count <= self.block_rows);
+        assert!(words.len() >= self.precision.k_blocks(rows.k) * padded * LANES);
+        // SAFETY: `of` gave this table, so the instruction set is there; `Lines` checked what is read, and the
+        // assertion what is written.
+        unsafe { (self.pack_rows)(rows, padded, words.as_mut_ptr()) }
+    }
+
+    /// Packs columns as panels `[panels][k blocks][16 words][16 columns]`.
+    pub(super) fn pack_panels(&self, columns: &Lines, words: &mut [u32]) {
+        let panel_words = self.precision.k_blocks(columns.k) * BLOCK_WORDS;
+        assert_eq!(words.len(), columns.count.div_ceil(LANES) * panel_words);
+        // SAFETY: as in `pack_rows`.
+        unsafe { (self.pack_panels)(columns, panel_words, words.as_mut_ptr()) }
+    }
+
+    /// The product of a packed block of rows, along `k_blocks` of K, with some columns of `b`.
+    ///
+    /// # Safety
+    /// `c` is writable (and readable) at `rows` rows of `columns` columns, `c_stride` apart, and nobody else uses it.
+    pub(super) unsafe fn multiply(&self, product: &BlockProduct) {
+        // SAFETY: the table proves the instruction set; the caller promises the rest.
+        unsafe { (self.multiply)(product) }
+    }
+}
+
+/// A range cut into pieces of `step`, the last one shorter.
+pub(super) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(step.max(1)).map(move |start| start..end.min(start + step))
+}

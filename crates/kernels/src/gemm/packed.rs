@@ -1,0 +1,104 @@
+//! The right operand of a product, laid out once as the kernels read it.
+//!
+//! Layout, in 32-bit words (an f32, or two bf16 that follow each other along K, the first in the low half):
+//! `[panels of 16 columns][k blocks][16 words along K][16 columns]`. A k block of a panel is 1024 bytes: sixteen
+//! 512-bit registers, or one AMX tile. What is missing at the right and at the end of K is zero.
+
+use super::kernels::{Kernels, Lines};
+use super::{Mat, Precision};
+use crate::isa::Isa;
+use crate::memory::Buffer;
+use crate::parallel::{self, DisjointMut};
+
+/// Columns of a panel; words of a k block; lanes of a 512-bit register.
+pub(super) const LANES: usize = 16;
+/// Words of a k block of a panel.
+pub(super) const BLOCK_WORDS: usize = LANES * LANES;
+/// Packing fewer elements than this is not worth waking other threads.
+const SERIAL_ELEMENTS: usize = 1 << 16;
+/// Panels of a packing task at most, when rows of the source run across panels: a kilobyte of each row.
+const PANELS_PER_TASK: usize = 16;
+
+/// An operand `[k, n]` packed into panels of 16 columns.
+#[derive(Clone, Debug)]
+pub struct Packed {
+    words: Buffer<u32>,
+    k: usize,
+    n: usize,
+    precision: Precision,
+}
+
+impl Packed {
+    /// Packs `b` `[k, n]`. A weight `[out, in]` used as `y = x Wᵀ` is packed as `Mat::new(w, out, in).t()`.
+    pub fn pack(precision: Precision, b: Mat) -> Self {
+        Self::pack_many(precision, &[b]).pop().expect("one operand in, one out")
+    }
+
+    /// Packs several operands, as those of all experts, in one parallel pass.
+    pub fn pack_many(precision: Precision, operands: &[Mat]) -> Vec<Self> {
+        let kernels = Kernels::of(Isa::current(), precision);
+        let mut packed: Vec<Self> = operands.iter().map(|b| Self::unfilled(precision, b.rows, b.cols)).collect();
+        let mut tasks = Vec::new();
+        let mut targets = Vec::with_capacity(packed.len());
+        for (operand, target) in packed.iter_mut().enumerate() {
+            let panels = target.panels();
+            tasks.extend((0..panels).step_by(PANELS_PER_TASK).map(|p| (operand, p..panels.min(p + PANELS_PER_TASK))));
+            targets.push((target.panel_words(), DisjointMut::new(&mut target.words)));
+        }
+        let elements: usize = operands.iter().map(|b| b.rows * b.cols).sum();
+        let serial_count = if elements < SERIAL_ELEMENTS { usize::MAX } else { 1 };
+        parallel::for_each_index(tasks.len(), serial_count, |task| {
+            let (operand, panels) = &tasks[task];
+            let (panel_words, target) = &targets[*operand];
+            let b = operands[*operand];
+            let columns = panels.start * LANES..b.cols.min(panels.end * LANES);
+            // SAFETY: tasks take different panels.
+            let words = unsafe { target.range(panels.start * panel_words..panels.end * panel_words) };
+            kernels.pack_panels(&Lines::columns(b.col_range(columns)), words);
+        });
+        packed
+    }
+
+    fn unfilled(precision: Precision, k: usize, n: usize) -> Self {
+        let words = n.div_ceil(LANES) * precision.k_blocks(k) * BLOCK_WORDS;
+        Self { words: Buffer::scratch(words), k, n, precision }
+    }
+
+    /// The length of the sums.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// The number of columns.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// How the elements are held.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The memory it takes.
+    pub fn bytes(&self) -> usize {
+        size_of_val::<[u32]>(&self.words)
+    }
+
+    /// The panels' words.
+    pub(super) fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.n.div_ceil(LANES)
+    }
+
+    pub(super) fn k_blocks(&self) -> usize {
+        self.precision.k_blocks(self.k)
+    }
+
+    /// Words from one panel to the next.
+    pub(super) fn panel_words(&self) -> usize {
+        self.k_blocks() * BLOCK_WORDS
+    }
+}

@@ -1,0 +1,9 @@
+//! Memory for the kernels: aligned buffers that are used again instead of returned, and files mapped for reading.
+
+mod buffer;
+mod mapped;
+mod pool;
+
+pub use buffer::Buffer;
+pub use mapped::MappedFile;
+pub use pool::{PoolStatistics, release_pool, statistics};
