@@ -2,7 +2,17 @@
 //!
 //! Legend: `t` tokens of all sequences, `nh` query heads, `nkv` key/value heads, `hd` features of a head.
 
+mod backward;
+mod forward;
+mod pack;
 mod reference;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+use crate::isa::Isa;
+use crate::parallel::DisjointMut;
+use forward::{Results, Sequence};
 
 pub use reference::{attention_backward_reference, attention_reference};
 
@@ -48,6 +58,19 @@ impl AttentionShape {
         assert!(self.n_heads.is_multiple_of(self.n_kv_heads), "query heads do not share evenly: {self:?}");
         assert!(self.window != Some(0), "a window of no keys: {self:?}");
     }
+
+    /// Checks the shapes of a ragged batch; returns t.
+    fn check_batch(&self, [q, k, v]: [&[f32]; 3], sequence_starts: &[usize]) -> usize {
+        self.check();
+        let tokens = q.len() / self.query_width();
+        assert_eq!(q.len(), tokens * self.query_width());
+        assert_eq!(k.len(), tokens * self.key_width());
+        assert_eq!(v.len(), tokens * self.key_width());
+        let (first, last) = (sequence_starts.first().copied(), sequence_starts.last().copied());
+        assert!(tokens == 0 || (first == Some(0) && last == Some(tokens)), "sequences do not cover {tokens} tokens");
+        assert!(sequence_starts.is_sorted(), "sequences overlap");
+        tokens
+    }
 }
 
 /// Attention of whole sequences, keeping the logarithm of each softmax's sum for the backward.
@@ -63,8 +86,35 @@ pub fn attention_forward(
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    shape.check();
-    attention_reference(shape, q, k, v, sequence_starts, out, lse);
+    attention_forward_on(Isa::current(), shape, [q, k, v], sequence_starts, out, lse);
+}
+
+fn attention_forward_on(
+    isa: Isa,
+    shape: &AttentionShape,
+    [q, k, v]: [&[f32]; 3],
+    sequence_starts: &[usize],
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let tokens = shape.check_batch([q, k, v], sequence_starts);
+    assert_eq!(out.len(), q.len());
+    assert_eq!(lse.len(), tokens * shape.n_heads);
+    let sequences: Vec<Sequence<'_>> = sequence_starts
+        .windows(2)
+        .map(|bounds| {
+            let part = |width: usize| bounds[0] * width..bounds[1] * width;
+            Sequence {
+                q: &q[part(shape.query_width())],
+                keys: &k[part(shape.key_width())],
+                values: &v[part(shape.key_width())],
+                first_position: 0,
+                first_row: bounds[0],
+            }
+        })
+        .collect();
+    let (out, lse) = (DisjointMut::new(out), DisjointMut::new(lse));
+    forward::attend(isa, shape, &sequences, Results { out: &out, lse: Some(&lse), tokens });
 }
 
 /// What the backward reads: the forward's inputs and outputs.
@@ -96,8 +146,21 @@ pub fn attention_backward(
     dk: &mut [f32],
     dv: &mut [f32],
 ) {
-    shape.check();
-    attention_backward_reference(shape, saved, dout, dq, dk, dv);
+    attention_backward_on(Isa::current(), shape, saved, dout, [dq, dk, dv]);
+}
+
+fn attention_backward_on(
+    isa: Isa,
+    shape: &AttentionShape,
+    saved: &Saved<'_>,
+    dout: &[f32],
+    [dq, dk, dv]: [&mut [f32]; 3],
+) {
+    let tokens = shape.check_batch([saved.q, saved.k, saved.v], saved.sequence_starts);
+    assert!([saved.out.len(), dout.len(), dq.len()].iter().all(|&len| len == saved.q.len()));
+    assert!([dk.len(), dv.len()].iter().all(|&len| len == saved.k.len()));
+    assert_eq!(saved.lse.len(), tokens * shape.n_heads);
+    backward::differentiate(isa, shape, saved, dout, [dq, dk, dv]);
 }
 
 /// Attention of some rows of *one* sequence over its cache; the cache already holds those rows' keys and values.
@@ -115,8 +178,24 @@ pub fn attention_cached(
     values: &[f32],
     out: &mut [f32],
 ) {
+    attention_cached_on(Isa::current(), shape, q, first_position, [keys, values], out);
+}
+
+fn attention_cached_on(
+    isa: Isa,
+    shape: &AttentionShape,
+    q: &[f32],
+    first_position: usize,
+    [keys, values]: [&[f32]; 2],
+    out: &mut [f32],
+) {
     shape.check();
     let rows = q.len() / shape.query_width();
-    let mut lse = vec![0.0; rows * shape.n_heads];
-    reference::attention_rows(shape, q, first_position, keys, values, out, &mut lse);
+    let needed = (first_position + rows) * shape.key_width();
+    assert_eq!(q.len(), rows * shape.query_width());
+    assert_eq!(out.len(), q.len());
+    assert!(keys.len() >= needed && values.len() >= needed, "the cache is shorter than the rows' positions");
+    let (keys, values) = (&keys[..needed], &values[..needed]);
+    let sequence = Sequence { q, keys, values, first_position, first_row: 0 };
+    forward::attend(isa, shape, &[sequence], Results { out: &DisjointMut::new(out), lse: None, tokens: rows });
 }

@@ -1,0 +1,328 @@
+//! The forward of tiled attention (Dao et al. 2022, "FlashAttention"): scores of a few rows against a block of keys,
+//! an online softmax, and the values mixed in, while everything stays in the first caches.
+//!
+//! A row's arithmetic depends on its own query, its position and the visible keys alone: key blocks stand at fixed
+//! positions, scores and mixtures are chains in a fixed order, and an invisible key takes no part in any sum. So the
+//! bits are the same in a whole sequence, in any chunking of it, and row by row.
+
+use super::AttentionShape;
+use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
+use super::tile::{Left, Product, Right, TILE_ROWS};
+use crate::isa::Isa;
+use crate::memory::Buffer;
+use crate::parallel::DisjointMut;
+use crate::simd::math::exp_nonpositive;
+use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
+use crate::tasks::for_each_task;
+use std::ops::Range;
+
+/// Query rows (of all heads of a group) that share one packing of a key block: whole register tiles.
+const QUERY_ROWS: usize = 12 * TILE_ROWS;
+
+/// The queries of one sequence from `first_position` on, and the keys and values from position 0 on.
+#[derive(Clone, Copy)]
+pub(super) struct Sequence<'a> {
+    pub(super) q: &'a [f32],
+    pub(super) keys: &'a [f32],
+    pub(super) values: &'a [f32],
+    pub(super) first_position: usize,
+    /// The sequence's first row among the rows of `out` and `lse`.
+    pub(super) first_row: usize,
+}
+
+/// Where the results go.
+#[derive(Clone, Copy)]
+pub(super) struct Results<'a> {
+    /// `[t, nh * hd]`
+    pub(super) out: &'a DisjointMut<'a, f32>,
+    /// `[nh, t]`, if wanted.
+    pub(super) lse: Option<&'a DisjointMut<'a, f32>>,
+    /// t
+    pub(super) tokens: usize,
+}
+
+/// Some rows of one sequence for the query heads of one key head.
+struct Task {
+    sequence: usize,
+    kv_head: usize,
+    rows: Range<usize>,
+}
+
+/// Runs all heads and rows of all sequences.
+pub(super) fn attend(isa: Isa, shape: &AttentionShape, sequences: &[Sequence<'_>], results: Results<'_>) {
+    let step = (QUERY_ROWS / shape.group()).max(1);
+    let mut tasks = Vec::new();
+    let mut work = 0;
+    for (index, sequence) in sequences.iter().enumerate() {
+        let rows = sequence.q.len() / shape.query_width();
+        work += rows * (sequence.first_position + rows) * shape.query_width();
+        for kv_head in 0..shape.n_kv_heads {
+            // The last rows see most keys: the longest tasks first.
+            let starts = (0..rows).step_by(step).rev();
+            tasks.extend(starts.map(|start| Task { sequence: index, kv_head, rows: start..(start + step).min(rows) }));
+        }
+    }
+    for_each_task(tasks.len(), work / 4, |i| {
+        let task = &tasks[i];
+        let sequence = &sequences[task.sequence];
+        dispatch(isa, ForwardTask { shape, sequence, task, results });
+    });
+}
+
+struct ForwardTask<'a> {
+    shape: &'a AttentionShape,
+    sequence: &'a Sequence<'a>,
+    task: &'a Task,
+    results: Results<'a>,
+}
+
+/// A task's working memory. `rows` are stacked: the heads of the group at one position, then the next position.
+struct Block<'a> {
+    /// `[rows, head_dim]` padded
+    q: &'a [f32],
+    /// Unnormalised outputs, `[rows, head_dim]` padded
+    mixed: &'a mut [f32],
+    /// Largest score so far, `[rows]`
+    largest: &'a mut [f32],
+    /// Sum of exponentials so far, `[rows]`
+    sums: &'a mut [f32],
+}
+
+/// A block of keys and values at positions `start..start + KEY_BLOCK`.
+struct Keys<'a> {
+    start: usize,
+    /// `[head_dim, KEY_BLOCK]`
+    transposed: &'a [f32],
+    /// `[KEY_BLOCK, head_dim]` padded
+    values: &'a [f32],
+}
+
+impl Kernel for ForwardTask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { shape, sequence, task, .. } = self;
+        let (group, width) = (shape.group(), padded(shape.head_dim));
+        let rows = task.rows.len() * group;
+        let head = |data, row_width, head| HeadRows {
+            data,
+            width: row_width,
+            offset: head * shape.head_dim,
+            head_dim: shape.head_dim,
+        };
+        let keys = head(sequence.keys, shape.key_width(), task.kv_head);
+        let values = head(sequence.values, shape.key_width(), task.kv_head);
+
+        let mut scratch = Buffer::<f32>::scratch((2 * rows + 2 * KEY_BLOCK) * width + 2 * rows);
+        let (q, rest) = scratch.split_at_mut(rows * width);
+        let (mixed, rest) = rest.split_at_mut(rows * width);
+        let (transposed, rest) = rest.split_at_mut(KEY_BLOCK * width);
+        let (value_block, rest) = rest.split_at_mut(KEY_BLOCK * width);
+        let (largest, sums) = rest.split_at_mut(rows);
+        for (i, q) in q.chunks_exact_mut(width).enumerate() {
+            let from = head(sequence.q, shape.query_width(), task.kv_head * group + i % group);
+            let row = task.rows.start + i / group;
+            copy_rows(from, row..row + 1, q);
+        }
+        mixed.fill(0.0);
+        largest.fill(f32::NEG_INFINITY);
+        sums.fill(0.0);
+        let mut block = Block { q, mixed, largest, sums };
+
+        let first = sequence.first_position + task.rows.start;
+        let end = sequence.first_position + task.rows.end;
+        let mut start = shape.visible(first).start / KEY_BLOCK * KEY_BLOCK;
+        while start < end {
+            let present = start..end.min(start + KEY_BLOCK);
+            transpose_rows(keys, present.clone(), transposed);
+            copy_rows(values, present, value_block);
+            let keys = Keys { start, transposed, values: value_block };
+            let mut row = 0;
+            while row < rows {
+                let tile = row..(row + TILE_ROWS).min(rows);
+                attend_tile(simd, shape, tile, first, &mut block, &keys);
+                row += TILE_ROWS;
+            }
+            start += KEY_BLOCK;
+        }
+        self.finish(simd, &block);
+    }
+}
+
+/// Takes one block of keys into up to [`TILE_ROWS`] stacked rows.
+#[inline(always)]
+fn attend_tile<S: Simd>(
+    simd: S,
+    shape: &AttentionShape,
+    rows: Range<usize>,
+    first_position: usize,
+    block: &mut Block<'_>,
+    keys: &Keys<'_>,
+) {
+    let width = padded(shape.head_dim);
+    let mut visible: [Range<usize>; TILE_ROWS] = Default::default();
+    for (visible, row) in visible.iter_mut().zip(rows.clone()) {
+        let seen = shape.visible(first_position + row / shape.group());
+        let inside = |position: usize| position.saturating_sub(keys.start).min(KEY_BLOCK);
+        *visible = inside(seen.start)..inside(seen.end);
+    }
+    let visible = &visible[..rows.len()];
+    let reach = visible.iter().filter(|v| !v.is_empty()).map(|v| v.end).max().unwrap_or(0);
+    if reach == 0 {
+        return;
+    }
+
+    let mut scores = [0.0; TILE_ROWS * KEY_BLOCK];
+    let q = Left { data: &block.q[rows.start * width..], row_stride: width, k_stride: 1 };
+    let transposed = Right { data: keys.transposed, stride: KEY_BLOCK, vectors: reach.div_ceil(LANES) };
+    simd.call(Product {
+        rows: rows.len(),
+        depth: shape.head_dim,
+        a: q,
+        b: transposed,
+        c: &mut scores,
+        c_stride: KEY_BLOCK,
+        accumulate: false,
+    });
+
+    let (scores, _) = scores.as_chunks_mut::<KEY_BLOCK>();
+    let mut rescale = [0.0; LANES];
+    let mut added = [0.0; TILE_ROWS];
+    for (i, visible) in visible.iter().enumerate().filter(|(_, visible)| !visible.is_empty()) {
+        let largest = &mut block.largest[rows.start + i];
+        let before = *largest;
+        (*largest, added[i]) = exponentiate(simd, &mut scores[i], visible, shape.scale, before);
+        rescale[i] = before - *largest;
+    }
+    // Rows that see nothing here keep the difference 0, and so the factor 1.
+    exp_nonpositive(Lanes::load(simd, &rescale)).store(&mut rescale);
+    for (i, row) in rows.clone().enumerate() {
+        block.sums[row] = block.sums[row].mul_add(rescale[i], added[i]);
+        let factor = Lanes::splat(simd, rescale[i]);
+        for lanes in block.mixed[row * width..][..width].as_chunks_mut::<LANES>().0 {
+            (Lanes::load(simd, lanes) * factor).store(lanes);
+        }
+    }
+    mix_values(simd, visible, scores.as_flattened(), keys.values, width, &mut block.mixed[rows.start * width..]);
+}
+
+/// The place of each key in its block, to compare with.
+pub(super) const KEY_INDEX: [f32; KEY_BLOCK] = {
+    let mut index = [0.0; KEY_BLOCK];
+    let mut i = 0;
+    while i < KEY_BLOCK {
+        index[i] = i as f32;
+        i += 1;
+    }
+    index
+};
+
+/// Replaces a row's scores (dot products) by `exp(score * scale - largest)`, zero for invisible keys; returns the new
+/// largest score and the sum.
+#[inline(always)]
+fn exponentiate<S: Simd>(
+    simd: S,
+    scores: &mut [f32; KEY_BLOCK],
+    visible: &Range<usize>,
+    scale: f32,
+    before: f32,
+) -> (f32, f32) {
+    let splat = |value| Lanes::splat(simd, value);
+    let (nothing, scale) = (splat(f32::NEG_INFINITY), splat(scale));
+    let (scores, _) = scores.as_chunks_mut::<LANES>();
+    let mut scaled = [nothing; KEY_BLOCK / LANES];
+    let mut top = nothing;
+    for (v, scaled) in scaled.iter_mut().enumerate() {
+        if v * LANES < visible.end {
+            *scaled = Lanes::load(simd, &scores[v]) * scale;
+            if *visible != (0..KEY_BLOCK) {
+                let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
+                *scaled = index.select_less(splat(visible.end as f32), *scaled, nothing);
+                *scaled = index.select_less(splat(visible.start as f32), nothing, *scaled);
+            }
+            top = top.max(*scaled);
+        }
+    }
+    let found = top.largest();
+    let largest = if found > before { found } else { before };
+    let mut sums = [splat(0.0); KEY_BLOCK / LANES];
+    for (v, sum) in sums.iter_mut().enumerate() {
+        if v * LANES < visible.end {
+            *sum = exp_nonpositive(scaled[v] - splat(largest));
+            sum.store(&mut scores[v]);
+        }
+    }
+    (largest, ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum())
+}
+
+/// `mixed[row] += Σ weights[row][key] * values[key]` over the keys that the row sees, in ascending order.
+#[inline(always)]
+fn mix_values<S: Simd>(
+    simd: S,
+    visible: &[Range<usize>],
+    weights: &[f32],
+    values: &[f32],
+    width: usize,
+    mixed: &mut [f32],
+) {
+    let mut mix = |row: usize, rows: usize, keys: Range<usize>| {
+        if keys.is_empty() {
+            return;
+        }
+        let weights = Left { data: &weights[row * KEY_BLOCK + keys.start..], row_stride: KEY_BLOCK, k_stride: 1 };
+        let values = Right { data: &values[keys.start * width..], stride: width, vectors: width / LANES };
+        simd.call(Product {
+            rows,
+            depth: keys.len(),
+            a: weights,
+            b: values,
+            c: &mut mixed[row * width..],
+            c_stride: width,
+            accumulate: true,
+        });
+    };
+    // What rows see in common goes through a tile (of all rows if they see alike, else of four); the ragged ends, row
+    // by row.
+    let alike = visible.iter().all(|v| *v == visible[0]);
+    let height = if alike { TILE_ROWS } else { 4 };
+    for (i, visible) in visible.chunks(height).enumerate() {
+        let first = i * height;
+        let start = visible.iter().map(|v| v.start).max().unwrap_or(0);
+        let end = visible.iter().map(|v| v.end).min().unwrap_or(0);
+        let common = start..end.max(start);
+        for (row, visible) in visible.iter().enumerate() {
+            mix(first + row, 1, visible.start..visible.end.min(common.start));
+        }
+        mix(first, visible.len(), common.clone());
+        for (row, visible) in visible.iter().enumerate() {
+            mix(first + row, 1, visible.start.max(common.end)..visible.end);
+        }
+    }
+}
+
+impl ForwardTask<'_> {
+    /// Divides by the sums and writes the results.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, block: &Block<'_>) {
+        let shape = self.shape;
+        let (group, head_dim) = (shape.group(), shape.head_dim);
+        for (i, mixed) in block.mixed.chunks_exact(padded(head_dim)).enumerate() {
+            let row = self.sequence.first_row + self.task.rows.start + i / group;
+            let head = self.task.kv_head * group + i % group;
+            let at = row * shape.query_width() + head * head_dim;
+            // SAFETY: this task alone writes these rows of these heads.
+            let out = unsafe { self.results.out.range(at..at + head_dim) };
+            let sum = Lanes::splat(simd, block.sums[i]);
+            for (mixed, out) in mixed.as_chunks::<LANES>().0.iter().zip(out.chunks_mut(LANES)) {
+                (Lanes::load(simd, mixed) / sum).store_any(out);
+            }
+            if let Some(lse) = &self.results.lse {
+                let at = head * self.results.tokens + row;
+                // SAFETY: this task alone writes these rows of these heads.
+                let lse = unsafe { lse.range(at..at + 1) };
+                lse[0] = block.largest[i] + block.sums[i].ln();
+            }
+        }
+    }
+}

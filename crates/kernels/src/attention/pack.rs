@@ -1,0 +1,89 @@
+//! Copies of one head's rows in the layouts that the tiles read.
+
+use crate::simd::LANES;
+
+/// Keys of a block; blocks stand at multiples of this position in every call, whatever rows are asked for.
+pub(super) const KEY_BLOCK: usize = 64;
+
+/// Numbers rounded up to whole vectors.
+pub(super) fn padded(n: usize) -> usize {
+    n.next_multiple_of(LANES)
+}
+
+/// One head of a `[rows, width]` matrix.
+#[derive(Clone, Copy)]
+pub(super) struct HeadRows<'a> {
+    pub(super) data: &'a [f32],
+    /// Numbers of a row of all heads.
+    pub(super) width: usize,
+    /// Where the head begins in a row.
+    pub(super) offset: usize,
+    pub(super) head_dim: usize,
+}
+
+impl<'a> HeadRows<'a> {
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.width + self.offset..][..self.head_dim]
+    }
+}
+
+/// Copies rows into `to` `[rows, padded(head_dim)]`, zeros behind each row.
+#[inline(always)]
+pub(super) fn copy_rows(from: HeadRows<'_>, rows: std::ops::Range<usize>, to: &mut [f32]) {
+    let padded = padded(from.head_dim);
+    for (row, to) in rows.zip(to.chunks_exact_mut(padded)) {
+        let (to, rest) = to.split_at_mut(from.head_dim);
+        to.copy_from_slice(from.row(row));
+        rest.fill(0.0);
+    }
+}
+
+/// Transposes up to [`KEY_BLOCK`] rows into `to` `[head_dim, KEY_BLOCK]`, zeros for the keys that are not there.
+#[inline(always)]
+pub(super) fn transpose_rows(from: HeadRows<'_>, rows: std::ops::Range<usize>, to: &mut [f32]) {
+    let count = rows.len();
+    assert!(count <= KEY_BLOCK && to.len() >= from.head_dim * KEY_BLOCK);
+    let fours = count / 4 * 4;
+    for key in (0..fours).step_by(4) {
+        let four = std::array::from_fn(|i| from.row(rows.start + key + i));
+        transpose_four(four, &mut to[key..]);
+    }
+    for key in fours..count {
+        for (i, &x) in from.row(rows.start + key).iter().enumerate() {
+            to[i * KEY_BLOCK + key] = x;
+        }
+    }
+    if count < KEY_BLOCK {
+        to.chunks_exact_mut(KEY_BLOCK).take(from.head_dim).for_each(|row| row[count..].fill(0.0));
+    }
+}
+
+/// Writes four rows as four columns of a matrix of stride [`KEY_BLOCK`].
+#[inline(always)]
+fn transpose_four(rows: [&[f32]; 4], to: &mut [f32]) {
+    let head_dim = rows[0].len();
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        assert!(rows.iter().all(|row| row.len() == head_dim));
+        assert!(head_dim == 0 || to.len() >= (head_dim - 1) * KEY_BLOCK + 4);
+        while done + 4 <= head_dim {
+            // SAFETY: SSE is part of x86-64; the asserts cover four numbers of each row and four rows of `to`.
+            unsafe {
+                let [mut a, mut b, mut c, mut d] = rows.map(|row| _mm_loadu_ps(row.as_ptr().add(done)));
+                _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+                for (i, column) in [a, b, c, d].into_iter().enumerate() {
+                    _mm_storeu_ps(to.as_mut_ptr().add((done + i) * KEY_BLOCK), column);
+                }
+            }
+            done += 4;
+        }
+    }
+    for i in done..head_dim {
+        for (key, row) in rows.iter().enumerate() {
+            to[i * KEY_BLOCK + key] = row[i];
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Tiled attention against the definition, and against itself in other chunkings, threads and instruction sets.
+
+use super::*;
+use crate::testing::{assert_close, bits, numbers};
+use proptest::prelude::*;
+
+/// A batch with everything that the backward reads.
+struct Batch {
+    shape: AttentionShape,
+    starts: Vec<usize>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    out: Vec<f32>,
+    lse: Vec<f32>,
+}
+
+impl Batch {
+    fn new([kv, group, head_dim]: [usize; 3], window: Option<usize>, lengths: &[usize]) -> Self {
+        let scale = 2.0 / (head_dim as f32).sqrt();
+        let shape = AttentionShape { n_heads: kv * group, n_kv_heads: kv, head_dim, scale, window };
+        let mut starts = vec![0];
+        lengths.iter().for_each(|length| starts.push(starts[starts.len() - 1] + length));
+        let tokens = starts[starts.len() - 1];
+        Self {
+            shape,
+            starts,
+            q: numbers(1, tokens * shape.query_width()).iter().map(|x| x * 3.0).collect(),
+            k: numbers(2, tokens * shape.key_width()),
+            v: numbers(3, tokens * shape.key_width()),
+            out: vec![0.0; tokens * shape.query_width()],
+            lse: vec![0.0; tokens * shape.n_heads],
+        }
+    }
+
+    fn forward(mut self, isa: Isa) -> Self {
+        let inputs = [&self.q[..], &self.k, &self.v];
+        attention_forward_on(isa, &self.shape, inputs, &self.starts, &mut self.out, &mut self.lse);
+        self
+    }
+
+    fn reference(mut self) -> Self {
+        attention_reference(&self.shape, &self.q, &self.k, &self.v, &self.starts, &mut self.out, &mut self.lse);
+        self
+    }
+
+    fn saved(&self) -> Saved<'_> {
+        let Self { q, k, v, starts, out, lse, .. } = self;
+        Saved { q, k, v, sequence_starts: starts, out, lse }
+    }
+
+    /// `dq`, `dk`, `dv`, added to ones.
+    fn backward(&self, isa: Option<Isa>) -> [Vec<f32>; 3] {
+        let dout = numbers(4, self.q.len());
+        let [mut dq, mut dk, mut dv] = [&self.q, &self.k, &self.v].map(|x| vec![1.0; x.len()]);
+        let saved = self.saved();
+        match isa {
+            Some(isa) => attention_backward_on(isa, &self.shape, &saved, &dout, [&mut dq, &mut dk, &mut dv]),
+            None => attention_backward_reference(&self.shape, &saved, &dout, &mut dq, &mut dk, &mut dv),
+        }
+        [dq, dk, dv]
+    }
+}
+
+/// One suite for every shape: against the definition, on every instruction set, with 1, 2 and 3 threads.
+fn check(heads: [usize; 3], window: Option<usize>, lengths: &[usize]) {
+    let reference = Batch::new(heads, window, lengths).reference();
+    let reference_gradients = reference.backward(None);
+    let portable = Batch::new(heads, window, lengths).forward(Isa::Portable);
+    let gradients = portable.backward(Some(Isa::Portable));
+    assert_close("out", &portable.out, &reference.out, 2e-6);
+    assert_close("lse", &portable.lse, &reference.lse, 2e-6);
+    for (found, wanted) in gradients.iter().zip(&reference_gradients) {
+        assert_close("gradient", found, wanted, 2e-5);
+    }
+    for isa in Isa::available() {
+        for threads in [1, 2, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let batch = Batch::new(heads, window, lengths).forward(isa);
+                assert_eq!(bits(&batch.out), bits(&portable.out), "{isa:?}, {threads} threads");
+                assert_eq!(bits(&batch.lse), bits(&portable.lse), "{isa:?}, {threads} threads");
+                for (found, wanted) in batch.backward(Some(isa)).iter().zip(&gradients) {
+                    assert_eq!(bits(found), bits(wanted), "{isa:?}, {threads} threads");
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn training_shape() {
+    check([2, 1, 32], None, &[256, 100]);
+}
+
+#[test]
+fn lengths_around_the_blocks() {
+    check([2, 2, 16], None, &[1, 63, 64, 65, 3, 129, 1]);
+}
+
+#[test]
+fn head_dim_of_no_whole_vectors() {
+    check([2, 3, 20], None, &[70, 9]);
+    check([1, 1, 1], None, &[5]);
+    check([1, 2, 80], Some(5), &[67]);
+}
+
+#[test]
+fn windows() {
+    for window in [1, 7, 63, 64, 65, 100, 1000] {
+        check([1, 2, 32], Some(window), &[150, 2, 64]);
+    }
+}
+
+#[test]
+fn empty() {
+    check([2, 2, 8], None, &[]);
+    check([2, 2, 8], None, &[0, 4, 0]);
+}
+
+/// The rows of one sequence in chunks over a cache with rubbish behind the last position.
+fn chunked(isa: Isa, whole: &Batch, chunks: &[usize], rubbish: f32) -> Vec<f32> {
+    let shape = &whole.shape;
+    let (mut keys, mut values) = (vec![rubbish; whole.k.len() + 640], vec![rubbish; whole.v.len() + 640]);
+    let mut out = vec![0.0; whole.q.len()];
+    let mut first = 0;
+    for &rows in chunks {
+        let fresh = first * shape.key_width()..(first + rows) * shape.key_width();
+        keys[fresh.clone()].copy_from_slice(&whole.k[fresh.clone()]);
+        values[fresh.clone()].copy_from_slice(&whole.v[fresh]);
+        let part = first * shape.query_width()..(first + rows) * shape.query_width();
+        attention_cached_on(isa, shape, &whole.q[part.clone()], first, [&keys, &values], &mut out[part]);
+        first += rows;
+    }
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn any_chunking_gives_the_same_bits(
+        kv in 1usize..3, group in 1usize..4, head_dim in 1usize..40, length in 1usize..200,
+        window in proptest::option::of(1usize..150), mut cuts in prop::collection::vec(0usize..200, 0..6),
+        rubbish in prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]),
+    ) {
+        let whole = Batch::new([kv, group, head_dim], window, &[length]).forward(Isa::current());
+        cuts.push(length);
+        cuts.sort_unstable();
+        let mut before = 0;
+        let chunks: Vec<usize> = cuts.iter().map(|&cut| cut.min(length)).map(|cut| {
+            let rows = cut - before;
+            before = cut;
+            rows
+        }).collect();
+        let one_by_one = vec![1; length];
+        for chunks in [&chunks, &one_by_one, &vec![length]] {
+            prop_assert_eq!(bits(&chunked(Isa::current(), &whole, chunks, rubbish)), bits(&whole.out));
+        }
+    }
+}
+
+#[test]
+fn cache_rubbish_and_chunks_on_every_instruction_set() {
+    let whole = Batch::new([1, 3, 24], Some(90), &[140]).forward(Isa::Portable);
+    for isa in Isa::available() {
+        assert_eq!(bits(&chunked(isa, &whole, &[1, 2, 60, 5, 71, 1], f32::NAN)), bits(&whole.out), "{isa:?}");
+    }
+}
+
+#[test]
+fn a_later_token_does_not_touch_an_earlier_one() {
+    let shape = [1, 1, 16];
+    let clean = Batch::new(shape, None, &[80]).forward(Isa::current());
+    let mut spoiled = Batch::new(shape, None, &[80]);
+    spoiled.k[70 * 16..].fill(f32::NAN);
+    spoiled.v[70 * 16..].fill(f32::INFINITY);
+    let spoiled = spoiled.forward(Isa::current());
+    assert_eq!(bits(&spoiled.out[..70 * 16]), bits(&clean.out[..70 * 16]));
+}
+
+#[test]
+fn gradients_are_the_slopes() {
+    let batch = Batch::new([1, 2, 5], Some(6), &[9, 3]).forward(Isa::current());
+    let dout = numbers(4, batch.q.len());
+    let loss = |batch: Batch| -> f64 {
+        batch.reference().out.iter().zip(&dout).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    };
+    let gradients = batch.backward(Some(Isa::current()));
+    let step = 1.0 / 64.0;
+    for (which, gradient) in gradients.iter().enumerate() {
+        for i in (0..gradient.len()).step_by(7) {
+            let moved = |by: f32| {
+                let mut batch = Batch::new([1, 2, 5], Some(6), &[9, 3]);
+                [&mut batch.q, &mut batch.k, &mut batch.v][which][i] += by;
+                loss(batch)
+            };
+            let slope = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
+            // The gradients were added to one.
+            assert!((slope - f64::from(gradient[i] - 1.0)).abs() < 3e-3 * (1.0 + slope.abs()), "{which}[{i}]");
+        }
+    }
+}

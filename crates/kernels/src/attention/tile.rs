@@ -1,0 +1,148 @@
+//! Small matrix products that stay in the first caches: `C += A B` by register tiles of eight or four rows.
+//!
+//! Every element of C is one chain of fused multiply-adds over ascending k, whatever the tile it falls in, so its bits
+//! depend on its own row of A and column of B alone.
+
+use crate::simd::{Kernel, LANES, Simd};
+
+/// Rows that are best asked for at once: a multiple of every register tile.
+pub(super) const TILE_ROWS: usize = 8;
+
+/// The left operand: element `(row, k)` stands at `row * row_stride + k * k_stride`.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) row_stride: usize,
+    pub(super) k_stride: usize,
+}
+
+/// The right operand: row k stands at `k * stride` and holds `vectors` vectors of 16 columns.
+#[derive(Clone, Copy)]
+pub(super) struct Right<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) vectors: usize,
+}
+
+/// `C = A B`, or `C += A B` when `accumulate`.
+pub(super) struct Product<'a> {
+    pub(super) rows: usize,
+    /// Products an element.
+    pub(super) depth: usize,
+    pub(super) a: Left<'a>,
+    pub(super) b: Right<'a>,
+    pub(super) c: &'a mut [f32],
+    pub(super) c_stride: usize,
+    pub(super) accumulate: bool,
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { rows, depth, a, b, c, c_stride, accumulate } = self;
+        if rows == 0 || b.vectors == 0 || (depth == 0 && accumulate) {
+            return;
+        }
+        let columns = b.vectors * LANES;
+        assert!(c.len() >= (rows - 1) * c_stride + columns);
+        if depth > 0 {
+            assert!(a.data.len() > (rows - 1) * a.row_stride + (depth - 1) * a.k_stride);
+            assert!(b.data.len() >= (depth - 1) * b.stride + columns);
+        }
+        let mut row = 0;
+        while row < rows {
+            let height = match rows - row {
+                8.. if S::WIDE_TILE => 8,
+                4.. => 4,
+                _ => 1,
+            };
+            let mut vector = 0;
+            while vector < b.vectors {
+                let tile = Tile {
+                    // SAFETY: the asserts above cover every row, column and k of the whole product.
+                    a: unsafe { a.data.as_ptr().add(row * a.row_stride) },
+                    a_strides: [a.row_stride, a.k_stride],
+                    // SAFETY: as above.
+                    b: unsafe { b.data.as_ptr().add(vector * LANES) },
+                    b_stride: b.stride,
+                    // SAFETY: as above.
+                    c: unsafe { c.as_mut_ptr().add(row * c_stride + vector * LANES) },
+                    c_stride,
+                    depth,
+                    accumulate,
+                };
+                // SAFETY: as above; each call stays inside `rows`, `depth` and `columns`.
+                vector += unsafe {
+                    match (height, b.vectors - vector) {
+                        (8, 2..) => tile.run::<S, 8, 2>(simd),
+                        (8, _) => tile.run::<S, 8, 1>(simd),
+                        (4, 4..) if S::WIDE_TILE => tile.run::<S, 4, 4>(simd),
+                        (4, 2..) if S::WIDE_TILE => tile.run::<S, 4, 2>(simd),
+                        (4, _) => tile.run::<S, 4, 1>(simd),
+                        (_, 4..) => tile.run::<S, 1, 4>(simd),
+                        (_, 2..) => tile.run::<S, 1, 2>(simd),
+                        (_, _) => tile.run::<S, 1, 1>(simd),
+                    }
+                };
+            }
+            row += height;
+        }
+    }
+}
+
+/// One register tile's corner of A, B and C.
+struct Tile {
+    a: *const f32,
+    a_strides: [usize; 2],
+    b: *const f32,
+    b_stride: usize,
+    c: *mut f32,
+    c_stride: usize,
+    depth: usize,
+    accumulate: bool,
+}
+
+impl Tile {
+    /// Computes R rows by V vectors; returns V.
+    ///
+    /// # Safety
+    /// R rows of A and C, V vectors of B and C, and `depth` k must lie inside their slices.
+    #[inline(always)]
+    unsafe fn run<S: Simd, const R: usize, const V: usize>(self, simd: S) -> usize {
+        let mut sums = [[simd.splat(0.0); V]; R];
+        // SAFETY: the caller's promise covers every address below.
+        unsafe {
+            if self.accumulate {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        *sum = simd.load(&*self.c.add(r * self.c_stride + v * LANES).cast());
+                    }
+                }
+            }
+            let [row_stride, k_stride] = self.a_strides;
+            let (mut a, mut b) = (self.a, self.b);
+            for _ in 0..self.depth {
+                let mut columns = [simd.splat(0.0); V];
+                for (v, column) in columns.iter_mut().enumerate() {
+                    *column = simd.load(&*b.add(v * LANES).cast());
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let factor = simd.splat(*a.add(r * row_stride));
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = simd.fma(factor, column, *sum);
+                    }
+                }
+                a = a.wrapping_add(k_stride);
+                b = b.wrapping_add(self.b_stride);
+            }
+            for (r, sums) in sums.into_iter().enumerate() {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    simd.store(sum, &mut *self.c.add(r * self.c_stride + v * LANES).cast());
+                }
+            }
+        }
+        V
+    }
+}
