@@ -312,15 +312,7 @@ fn decoding(bench: &mut Bench) {
         Limit::Memory(8 * n),
         [vec![0.0; q.len()]],
         |[out]| attention::attention_cached(&shape, &q, positions - 1, &keys, &values, out),
-        |[out]| {
-            // The reference of a whole sequence of which only the last query counts.
-            let mut all = vec![0.0; positions * shape.query_width()];
-            let last = all.len() - q.len();
-            all[last..].copy_from_slice(&q);
-            let (mut result, mut lse) = (vec![0.0; all.len()], vec![0.0; positions * shape.n_heads]);
-            attention::attention_reference(&shape, &all, &keys, &values, &[0, positions], &mut result, &mut lse);
-            out.copy_from_slice(&result[last..]);
-        },
+        |[out]| attention::attention_cached_reference(&shape, &q, positions - 1, &keys, &values, out),
     );
 }
 

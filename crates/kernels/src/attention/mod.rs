@@ -14,7 +14,7 @@ use crate::isa::Isa;
 use crate::parallel::DisjointMut;
 use forward::{Results, Sequence};
 
-pub use reference::{attention_backward_reference, attention_reference};
+pub use reference::{attention_backward_reference, attention_cached_reference, attention_reference};
 
 /// What does not change between calls.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -26,8 +26,21 @@ pub fn attention_reference(
     }
 }
 
+/// The plain [`super::attention_cached`].
+pub fn attention_cached_reference(
+    shape: &AttentionShape,
+    q: &[f32],
+    first_position: usize,
+    keys: &[f32],
+    values: &[f32],
+    out: &mut [f32],
+) {
+    let mut lse = vec![0.0; q.len() / shape.head_dim];
+    attention_rows(shape, q, first_position, keys, values, out, &mut lse);
+}
+
 /// Rows `first_position..` of one sequence; `lse` `[nh, rows]`.
-pub(super) fn attention_rows(
+fn attention_rows(
     shape: &AttentionShape,
     q: &[f32],
     first_position: usize,
