@@ -1,2 +1,30 @@
 //! Data, optimiser, schedule, trainer, checkpoint and resume.
+//!
+//! A run goes through these modules in this order: [`recipe`] says what is wanted, [`data`] makes tokens and batches of
+//! it, [`trainer`] takes the steps with [`schedule`] and [`optimizer`], [`evaluate`] looks at held-back text,
+//! [`metrics`] and [`plot`] record, [`checkpoint`] saves and resumes, [`progress`] tells whoever watches.
+//!
+//! ```no_run
+//! use std::sync::atomic::AtomicBool;
+//! use moebius_train::{Recipe, Start, Trainer, Silent};
+//!
+//! let recipe = Recipe::load("recipes/tiny.toml".as_ref())?;
+//! let mut trainer = Trainer::prepare(recipe, "runs/tiny".as_ref(), Start::Fresh, &mut Silent)?;
+//! let outcome = trainer.run(&AtomicBool::new(false), &mut Silent)?;
+//! # Ok::<(), moebius_train::TrainError>(())
+//! ```
 #![forbid(unsafe_code)]
+
+pub mod data;
+pub mod digest;
+mod error;
+mod files;
+pub mod metrics;
+pub mod plot;
+pub mod progress;
+pub mod recipe;
+pub mod schedule;
+
+pub use error::{Result, TrainError};
+pub use progress::{Event, Progress, Silent};
+pub use recipe::Recipe;

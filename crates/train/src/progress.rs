@@ -1,0 +1,90 @@
+//! What a run tells whoever watches it: the command line draws it, tests ignore it.
+
+use std::path::Path;
+
+use crate::metrics::{StepRecord, ValidationRecord};
+
+/// Something that happened.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// A part of the preparation begins, in words: `training the tokenizer`.
+    Preparing(&'a str),
+    /// The tokens are ready.
+    Data(&'a DataFacts),
+    /// The steps begin.
+    Started(&'a RunFacts),
+    /// A step is done.
+    Step(&'a StepRecord),
+    /// A validation is done; `best`: none was better before.
+    Validation {
+        /// What it gave.
+        record: &'a ValidationRecord,
+        /// Whether this is the lowest loss so far.
+        best: bool,
+    },
+    /// A checkpoint is on the disk.
+    Saved {
+        /// After this step.
+        step: u64,
+        /// The checkpoint's folder.
+        path: &'a Path,
+    },
+    /// The final model is on the disk.
+    Exported {
+        /// With the weights after this step.
+        step: u64,
+        /// The model's folder.
+        path: &'a Path,
+    },
+}
+
+/// What the data amount to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DataFacts {
+    /// Size of the vocabulary.
+    pub vocab_size: usize,
+    /// Tokens to learn from, a separator after each document.
+    pub train_tokens: usize,
+    /// Tokens held back.
+    pub valid_tokens: usize,
+    /// Bytes of training text.
+    pub train_bytes: usize,
+    /// Whether the shards of an earlier start were used again.
+    pub cached: bool,
+}
+
+/// What the run amounts to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RunFacts {
+    /// All parameters.
+    pub total_parameters: usize,
+    /// Parameters that one token uses.
+    pub active_parameters: usize,
+    /// Steps done already: 0, or the checkpoint's.
+    pub step: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Tokens that one step sees.
+    pub tokens_per_step: usize,
+}
+
+/// Receives the events of a run.
+pub trait Progress {
+    /// Called in the order of the events, between steps, never from another thread.
+    fn event(&mut self, event: &Event<'_>);
+}
+
+/// Hears nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn event(&mut self, _: &Event<'_>) {}
+}
+
+impl<F: FnMut(&Event<'_>)> Progress for F {
+    fn event(&mut self, event: &Event<'_>) {
+        self(event);
+    }
+}

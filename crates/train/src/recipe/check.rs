@@ -1,0 +1,147 @@
+//! What the types cannot say about a recipe: ranges, and values that contradict each other.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
+use super::Recipe;
+use super::locate::Located;
+
+/// A rule that a recipe breaks.
+pub(super) struct Violation {
+    /// The dotted key to blame.
+    pub(super) key: String,
+    /// What was wanted and what was found.
+    pub(super) message: String,
+}
+
+/// Collects what is wrong, in the order of the checks.
+struct Checks(Vec<Violation>);
+
+impl Checks {
+    fn require(&mut self, holds: bool, key: &str, wanted: impl Display, found: impl Display) {
+        if !holds {
+            self.0.push(Violation { key: key.to_owned(), message: format!("wanted {wanted}, found {found}") });
+        }
+    }
+
+    fn count(&mut self, key: &str, value: usize, range: RangeInclusive<usize>) {
+        self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
+    }
+
+    /// A number in `range`; NaN is in no range.
+    fn number(&mut self, key: &str, value: f64, range: RangeInclusive<f64>) {
+        self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
+    }
+}
+
+/// The first rule that `recipe` breaks, if any.
+pub(super) fn first_violation(recipe: &Recipe, located: &Located<'_>) -> Option<Violation> {
+    let mut checks = Checks(Vec::new());
+    model(recipe, &mut checks);
+    experts(recipe, located, &mut checks);
+    data(recipe, &mut checks);
+    train(recipe, &mut checks);
+    optimizer(recipe, &mut checks);
+    checks.0.into_iter().next()
+}
+
+fn model(recipe: &Recipe, checks: &mut Checks) {
+    let model = &recipe.model;
+    checks.count("model.hidden", model.hidden, 2..=65_536);
+    checks.count("model.layers", model.layers, 1..=1024);
+    checks.count("model.heads", model.heads, 1..=1024);
+    checks.count("model.ffn", model.ffn, 1..=1 << 20);
+    checks.count("model.context", model.context, 1..=1 << 24);
+    checks.number("model.rope_theta", model.rope_theta, 1.0..=1e12);
+    checks.number("model.norm_epsilon", model.norm_epsilon, 1e-12..=1e-1);
+    if model.heads > 0 {
+        let found = format!("{} for model.hidden = {}", model.heads, model.hidden);
+        let wanted = "a number of heads that divides model.hidden into even parts";
+        checks.require(model.hidden.is_multiple_of(2 * model.heads), "model.heads", wanted, found);
+    }
+    if let Some(kv_heads) = model.kv_heads {
+        let divides = kv_heads > 0 && model.heads.is_multiple_of(kv_heads);
+        let wanted = format!("a divisor of model.heads = {}", model.heads);
+        checks.require(divides, "model.kv_heads", wanted, kv_heads);
+    }
+    checks.count("tokenizer.vocab_size", recipe.tokenizer.vocab_size, 257..=1 << 20);
+    checks.count("tokenizer.min_frequency", recipe.tokenizer.min_frequency as usize, 1..=1 << 30);
+}
+
+/// Sparse or dense, and what goes with each.
+fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
+    let model = &recipe.model;
+    match (model.experts, model.experts_per_token) {
+        (Some(experts), chosen) => {
+            checks.count("model.experts", experts, 2..=4096);
+            // With one expert a token its weight is 1 whatever the router says: the router would never learn.
+            let wanted = format!("2 to model.experts = {experts} (with 1, weights that sum to one teach the router nothing)");
+            let found = chosen.map_or("nothing".to_owned(), |k| k.to_string());
+            let fits = chosen.is_some_and(|k| (2..=experts).contains(&k));
+            checks.require(fits, "model.experts_per_token", wanted, found);
+        }
+        (None, Some(chosen)) => {
+            checks.require(false, "model.experts_per_token", "no such key in a dense model (no model.experts)", chosen);
+        }
+        (None, None) => {
+            for key in ["balance.load_balancing", "balance.z"] {
+                checks.require(!located.says(key), key, "no such key in a dense model (no model.experts)", "one");
+            }
+        }
+    }
+    checks.number("balance.load_balancing", recipe.balance.load_balancing, 0.0..=10.0);
+    checks.number("balance.z", recipe.balance.z, 0.0..=10.0);
+}
+
+fn data(recipe: &Recipe, checks: &mut Checks) {
+    checks.require(!recipe.data.train.is_empty(), "data.train", "at least one text", "none");
+    checks.require(!recipe.data.valid.is_empty(), "data.valid", "at least one text", "none");
+    let both = recipe.data.valid.iter().find(|path| recipe.data.train.contains(path));
+    if let Some(path) = both {
+        checks.require(false, "data.valid", "texts that are not in data.train", path.display());
+    }
+}
+
+fn train(recipe: &Recipe, checks: &mut Checks) {
+    let train = &recipe.train;
+    // JSON and TOML carry integers as i64: a larger seed would not survive a checkpoint.
+    checks.require(train.seed <= i64::MAX as u64, "train.seed", "0 to 9223372036854775807", train.seed);
+    checks.count("train.steps", train.steps as usize, 1..=1 << 40);
+    checks.count("train.sequence_length", train.sequence_length, 1..=1 << 20);
+    checks.count("train.sequences", train.sequences, 1..=1 << 16);
+    checks.count("train.accumulation", train.accumulation, 1..=1 << 16);
+    checks.count("train.validate_every", train.validate_every as usize, 1..=1 << 40);
+    checks.count("train.validate_batches", train.validate_batches, 1..=1 << 16);
+    checks.count("train.save_every", train.save_every as usize, 1..=1 << 40);
+    checks.count("train.keep", train.keep, 1..=1 << 16);
+    let wanted = format!("at most model.context = {}", recipe.model.context);
+    checks.require(
+        train.sequence_length <= recipe.model.context,
+        "train.sequence_length",
+        wanted,
+        train.sequence_length,
+    );
+}
+
+fn optimizer(recipe: &Recipe, checks: &mut Checks) {
+    let optimizer = &recipe.optimizer;
+    checks.number("optimizer.learning_rate", optimizer.learning_rate, 1e-12..=10.0);
+    checks.number("optimizer.minimum_learning_rate", optimizer.minimum_learning_rate, 0.0..=10.0);
+    checks.number("optimizer.beta1", optimizer.beta1, 0.0..=0.99999);
+    checks.number("optimizer.beta2", optimizer.beta2, 0.0..=0.99999999);
+    checks.number("optimizer.epsilon", optimizer.epsilon, 1e-20..=1.0);
+    checks.number("optimizer.weight_decay", optimizer.weight_decay, 0.0..=10.0);
+    checks.number("optimizer.clip_norm", optimizer.clip_norm, 1e-9..=1e9);
+    checks.require(
+        optimizer.minimum_learning_rate <= optimizer.learning_rate,
+        "optimizer.minimum_learning_rate",
+        format!("at most optimizer.learning_rate = {}", optimizer.learning_rate),
+        optimizer.minimum_learning_rate,
+    );
+    checks.require(
+        optimizer.warmup_steps < recipe.train.steps,
+        "optimizer.warmup_steps",
+        format!("fewer than train.steps = {}", recipe.train.steps),
+        optimizer.warmup_steps,
+    );
+}

@@ -1,0 +1,316 @@
+//! A recipe: everything that decides what a run gives, in one TOML file.
+//!
+//! A recipe is read whole and checked before anything starts. An unknown key, a wrong type, a value out of range or two
+//! values that contradict each other give one error that names file, line and key ([`crate::TrainError::Recipe`]).
+//! Paths in a recipe are relative to the recipe's own folder, so that a run does not depend on where it is started.
+
+mod check;
+mod locate;
+
+use std::path::{Path, PathBuf};
+
+use moebius_kernels::gemm::Precision;
+use serde::{Deserialize, Serialize};
+
+use crate::{Result, TrainError};
+use locate::Located;
+
+/// One training run, as `recipes/*.toml` writes it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// `[model]`: the shape of the network.
+    pub model: ModelSection,
+    /// `[tokenizer]`: how text becomes tokens.
+    pub tokenizer: TokenizerSection,
+    /// `[data]`: the texts.
+    pub data: DataSection,
+    /// `[train]`: steps, batches, validation, checkpoints.
+    pub train: TrainSection,
+    /// `[optimizer]`: AdamW and its schedule.
+    pub optimizer: OptimizerSection,
+    /// `[balance]`: what keeps the experts evenly loaded.
+    #[serde(default)]
+    pub balance: BalanceSection,
+    /// The folder that relative paths start from; not part of the file.
+    #[serde(skip)]
+    folder: PathBuf,
+}
+
+/// `[model]`. Without `experts` the model is dense (Llama's layout), with it sparse (Mixtral's: the router's softmax
+/// over the chosen experts, weights that sum to one).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Number of decoder layers.
+    pub layers: usize,
+    /// Number of query heads.
+    pub heads: usize,
+    /// Number of key and value heads; `heads` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<usize>,
+    /// Inner width of one expert, or of the only feed-forward block of a dense model.
+    pub ffn: usize,
+    /// Number of experts a layer; absent: dense.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<usize>,
+    /// Number of experts that each token is given to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts_per_token: Option<usize>,
+    /// Number of positions that the model declares (`max_position_embeddings`).
+    pub context: usize,
+    /// Base of the rotary embedding.
+    #[serde(default = "ten_thousand")]
+    pub rope_theta: f64,
+    /// Added to the mean square in RMSNorm.
+    #[serde(default = "norm_epsilon")]
+    pub norm_epsilon: f64,
+    /// Whether the output projection is the embedding's own matrix.
+    #[serde(default)]
+    pub tied_embeddings: bool,
+}
+
+/// `[tokenizer]`: a byte-level BPE, trained on the training texts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerSection {
+    /// Number of tokens, the 256 bytes and `<|endoftext|>` among them.
+    pub vocab_size: usize,
+    /// A pair of symbols must occur this often to become a token.
+    #[serde(default = "two")]
+    pub min_frequency: u64,
+}
+
+/// `[data]`: text files, or folders whose `*.txt` files are taken in the order of their names. One file, one document.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// Texts to learn from.
+    pub train: Vec<PathBuf>,
+    /// Texts held back for validation.
+    pub valid: Vec<PathBuf>,
+}
+
+/// `[train]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSection {
+    /// Seed of the initial weights and of the order of the data.
+    pub seed: u64,
+    /// Number of optimiser steps.
+    pub steps: u64,
+    /// Tokens in one sequence.
+    pub sequence_length: usize,
+    /// Sequences that go through the model at once.
+    pub sequences: usize,
+    /// Micro-batches of `sequences` sequences that one step averages over.
+    #[serde(default = "one")]
+    pub accumulation: usize,
+    /// What the operands of matrix products are rounded to; accumulators, weights and optimiser state are f32 always.
+    #[serde(default)]
+    pub precision: RecipePrecision,
+    /// Whether each layer is computed again in the backward pass instead of keeping its activations.
+    #[serde(default)]
+    pub checkpoint_activations: bool,
+    /// Steps between validations.
+    pub validate_every: u64,
+    /// Number of batches of `sequences` sequences in one validation.
+    pub validate_batches: usize,
+    /// Steps between checkpoints.
+    pub save_every: u64,
+    /// Number of checkpoints kept.
+    #[serde(default = "two_checkpoints")]
+    pub keep: usize,
+    /// Which weights `out/model` gets at the end.
+    #[serde(default)]
+    pub export: Export,
+    /// How the weights in `out/model` are stored.
+    #[serde(default)]
+    pub export_dtype: ExportDtype,
+}
+
+/// `train.precision`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecipePrecision {
+    /// Operands as they are.
+    F32,
+    /// Operands rounded to bfloat16.
+    #[default]
+    Bf16,
+}
+
+impl From<RecipePrecision> for Precision {
+    fn from(precision: RecipePrecision) -> Self {
+        match precision {
+            RecipePrecision::F32 => Precision::F32,
+            RecipePrecision::Bf16 => Precision::Bf16,
+        }
+    }
+}
+
+/// `train.export`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Export {
+    /// The weights after the last step.
+    Last,
+    /// The weights of the lowest validation loss.
+    #[default]
+    Best,
+}
+
+/// `train.export_dtype`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportDtype {
+    /// Four bytes a weight.
+    #[default]
+    F32,
+    /// Two bytes a weight, rounded to nearest even.
+    Bf16,
+}
+
+/// `[optimizer]`: AdamW; weight decay on matrices only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerSection {
+    /// The rate at the end of the warm-up.
+    pub learning_rate: f64,
+    /// The rate at the last step.
+    pub minimum_learning_rate: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Decay of the first moment.
+    #[serde(default = "beta1")]
+    pub beta1: f64,
+    /// Decay of the second moment.
+    #[serde(default = "beta2")]
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    #[serde(default = "adam_epsilon")]
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    #[serde(default = "weight_decay")]
+    pub weight_decay: f64,
+    /// The gradient's global norm is cut to this.
+    #[serde(default = "clip_norm")]
+    pub clip_norm: f64,
+}
+
+/// `[balance]`: coefficients of the auxiliary losses (Switch Transformer 2.2; ST-MoE 3).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalanceSection {
+    /// Coefficient of the load-balancing loss; 0: off.
+    #[serde(default)]
+    pub load_balancing: f64,
+    /// Coefficient of the router's z-loss; 0: off.
+    #[serde(default)]
+    pub z: f64,
+}
+
+fn one() -> usize {
+    1
+}
+fn two() -> u64 {
+    2
+}
+fn two_checkpoints() -> usize {
+    2
+}
+fn ten_thousand() -> f64 {
+    1e4
+}
+fn norm_epsilon() -> f64 {
+    1e-5
+}
+fn beta1() -> f64 {
+    0.9
+}
+fn beta2() -> f64 {
+    0.95
+}
+fn adam_epsilon() -> f64 {
+    1e-8
+}
+fn weight_decay() -> f64 {
+    0.1
+}
+fn clip_norm() -> f64 {
+    1.0
+}
+
+/// Keys that may change between a run and its resumption: how long, how often, what is kept. A longer or shorter run
+/// stretches the cosine schedule from the resumed step on; every other key would make it another run.
+const FREE_KEYS: [&str; 6] = [
+    "train.steps",
+    "train.validate_every",
+    "train.save_every",
+    "train.keep",
+    "train.export",
+    "train.export_dtype",
+];
+
+impl Recipe {
+    /// Reads and checks a recipe.
+    ///
+    /// # Errors
+    /// The first thing wrong with it, with file, line and key.
+    pub fn load(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(TrainError::io("read", path))?;
+        let text = crate::data::text::utf8(path, bytes)?;
+        Self::parse(&path.display().to_string(), path.parent().unwrap_or(Path::new("")), &text)
+    }
+
+    /// Checks the text of a recipe that calls itself `name` and stands in `folder`.
+    ///
+    /// # Errors
+    /// As [`Recipe::load`].
+    pub fn parse(name: &str, folder: &Path, text: &str) -> Result<Self> {
+        let located = Located::parse(name, text)?;
+        let mut recipe: Self = toml::from_str(text).map_err(|error| located.explain(&error))?;
+        recipe.folder = folder.to_path_buf();
+        match check::first_violation(&recipe, &located) {
+            None => Ok(recipe),
+            Some(violation) => Err(located.error(&violation.key, violation.message)),
+        }
+    }
+
+    /// `path` as the recipe means it: relative to the recipe's folder.
+    pub fn resolve(&self, path: &Path) -> PathBuf {
+        self.folder.join(path)
+    }
+
+    /// Tokens that one optimiser step sees.
+    pub fn tokens_per_step(&self) -> usize {
+        self.train.sequence_length * self.train.sequences * self.train.accumulation
+    }
+
+    /// The first key, in alphabetical order of sections and keys, that makes `self` and `other` different runs, with both
+    /// values; `None` if `other` may continue what `self` began.
+    pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
+        let (mine, theirs) = (self.flatten(), other.flatten());
+        let keys = mine.keys().chain(theirs.keys()).collect::<std::collections::BTreeSet<_>>();
+        let show = |value: Option<&String>| value.cloned().unwrap_or_else(|| "absent".to_owned());
+        keys.into_iter()
+            .filter(|key| !FREE_KEYS.contains(&key.as_str()))
+            .find(|key| mine.get(*key) != theirs.get(*key))
+            .map(|key| (key.clone(), show(mine.get(key)), show(theirs.get(key))))
+    }
+
+    /// Every key with its value as JSON writes it, defaults included.
+    fn flatten(&self) -> std::collections::BTreeMap<String, String> {
+        let json = serde_json::to_value(self).expect("a recipe is plain data");
+        let sections = json.as_object().into_iter().flatten();
+        let pairs = sections.flat_map(|(section, keys)| {
+            keys.as_object().into_iter().flatten().map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
+        });
+        pairs.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

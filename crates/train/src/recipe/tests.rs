@@ -1,0 +1,142 @@
+//! Good recipes are read, bad ones are refused on the right line.
+
+use std::path::Path;
+
+use super::*;
+
+const GOOD: &str = "\
+[model]
+hidden = 32
+layers = 2
+heads = 4
+kv_heads = 2
+ffn = 48
+experts = 4
+experts_per_token = 2
+context = 64
+
+[tokenizer]
+vocab_size = 300
+
+[data]
+train = ['a.txt']
+valid = ['b.txt']
+
+[train]
+seed = 1
+steps = 100
+sequence_length = 32
+sequences = 4
+validate_every = 10
+validate_batches = 2
+save_every = 20
+
+[optimizer]
+learning_rate = 1e-3
+minimum_learning_rate = 1e-4
+warmup_steps = 10
+clip_norm = 1
+
+[balance]
+load_balancing = 0.01
+";
+
+fn parse(text: &str) -> Result<Recipe> {
+    Recipe::parse("recipes/x.toml", Path::new("recipes"), text)
+}
+
+#[test]
+fn a_good_recipe_with_its_defaults() {
+    let recipe = parse(GOOD).unwrap();
+    assert_eq!(recipe.tokens_per_step(), 128);
+    assert_eq!((recipe.train.accumulation, recipe.train.keep), (1, 2));
+    assert_eq!(recipe.train.precision, RecipePrecision::Bf16);
+    assert_eq!((recipe.optimizer.clip_norm, recipe.balance.z), (1.0, 0.0));
+    assert_eq!(recipe.resolve(Path::new("a.txt")), Path::new("recipes/a.txt"));
+}
+
+/// Each line: what is replaced, by what, and the whole error.
+#[test]
+fn bad_recipes_name_line_and_key() {
+    let cases = [
+        // Unknown keys and sections.
+        ("steps = 100", "steps = 100\nstep = 5", "21: train.step: unknown key; wanted one of "),
+        ("[balance]", "[ballance]", "33: ballance: unknown key; wanted one of `model`, `tokenizer`, "),
+        ("experts = 4", "expert = 4", "7: model.expert: unknown key; wanted one of "),
+        // Missing ones.
+        ("seed = 1\n", "", "18: train.seed: missing"),
+        ("[tokenizer]\nvocab_size = 300\n", "", "1: tokenizer: missing"),
+        // Types.
+        ("steps = 100", "steps = 'ten'", "20: train.steps: wanted a whole number from 0, found string \"ten\""),
+        ("steps = 100", "steps = -1", "20: train.steps: wanted a whole number from 0, found integer `-1`"),
+        ("steps = 100", "steps = 1.5", "20: train.steps: wanted a whole number from 0, found floating point `1.5`"),
+        ("learning_rate = 1e-3", "learning_rate = true", "28: optimizer.learning_rate: wanted a number, found boolean `true`"),
+        ("train = ['a.txt']", "train = 'a.txt'", "15: data.train: wanted a list, found string \"a.txt\""),
+        ("train = ['a.txt']", "train = ['a.txt',\n 7]", "16: data.train: wanted path string, found integer `7`"),
+        ("seed = 1", "seed = 1\nprecision = 'f16'", "20: train.precision: wanted `f32` or `bf16`, found `f16`"),
+        ("[balance]\nload_balancing = 0.01", "balance = 3", "optimizer.balance: unknown key"),
+        // Ranges.
+        ("hidden = 32", "hidden = 0", "2: model.hidden: wanted 2 to 65536, found 0"),
+        ("vocab_size = 300", "vocab_size = 256", "12: tokenizer.vocab_size: wanted 257 to 1048576, found 256"),
+        ("warmup_steps = 10", "warmup_steps = 10\nbeta2 = 1.5", "31: optimizer.beta2: wanted 0 to 0.99999999, found 1.5"),
+        ("warmup_steps = 10", "warmup_steps = 10\nbeta1 = nan", "31: optimizer.beta1: wanted 0 to 0.99999, found NaN"),
+        ("steps = 100", "steps = 0", "20: train.steps: wanted 1 to 1099511627776, found 0"),
+        ("train = ['a.txt']", "train = []", "15: data.train: wanted at least one text, found none"),
+        ("seed = 1", "seed = 9223372036854775808", "19: "),
+        // Contradictions.
+        ("heads = 4\nkv", "heads = 5\nkv", "4: model.heads: wanted a number of heads that divides model.hidden into even parts, found 5 for model.hidden = 32"),
+        ("heads = 4\nkv", "heads = 32\nkv", "4: model.heads: wanted a number of heads that divides model.hidden into even parts, found 32"),
+        ("kv_heads = 2", "kv_heads = 3", "5: model.kv_heads: wanted a divisor of model.heads = 4, found 3"),
+        ("experts_per_token = 2", "experts_per_token = 5", "8: model.experts_per_token: wanted 2 to model.experts = 4 "),
+        ("experts_per_token = 2", "experts_per_token = 1", "8: model.experts_per_token: wanted 2 to model.experts = 4 "),
+        ("experts_per_token = 2\n", "", "1: model.experts_per_token: wanted 2 to model.experts = 4 "),
+        ("experts = 4\n", "", "7: model.experts_per_token: wanted no such key in a dense model (no model.experts), found 2"),
+        ("experts = 4\nexperts_per_token = 2\n", "", "32: balance.load_balancing: wanted no such key in a dense model"),
+        ("sequence_length = 32", "sequence_length = 65", "21: train.sequence_length: wanted at most model.context = 64, found 65"),
+        ("minimum_learning_rate = 1e-4", "minimum_learning_rate = 1e-2", "29: optimizer.minimum_learning_rate: wanted at most optimizer.learning_rate = 0.001, found 0.01"),
+        ("warmup_steps = 10", "warmup_steps = 100", "30: optimizer.warmup_steps: wanted fewer than train.steps = 100, found 100"),
+        ("valid = ['b.txt']", "valid = ['a.txt']", "16: data.valid: wanted texts that are not in data.train, found a.txt"),
+        // Not TOML.
+        ("hidden = 32", "hidden = ", "2: not valid TOML: "),
+        ("layers = 2", "hidden = 2", "3: not valid TOML: duplicate key"),
+    ];
+    let mut wrong = Vec::new();
+    for (old, new, wanted) in cases {
+        assert!(GOOD.contains(old), "{old}");
+        let error = parse(&GOOD.replacen(old, new, 1)).expect_err(wanted).to_string();
+        let rest = error.strip_prefix("recipes/x.toml:").expect("the file comes first");
+        let matches = if wanted.starts_with(char::is_numeric) { rest.starts_with(wanted) } else { rest.contains(wanted) };
+        if !matches || error.contains('\n') {
+            wrong.push(format!("{new}\n wanted {wanted}\n found  {rest}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn only_how_long_and_how_often_may_change() {
+    let old = parse(GOOD).unwrap();
+    let free = GOOD.replace("steps = 100", "steps = 200").replace("save_every = 20", "save_every = 5\nkeep = 9");
+    assert_eq!(old.difference(&parse(&free).unwrap()), None);
+    for (from, to, wanted) in [
+        ("hidden = 32", "hidden = 64", ("model.hidden", "32", "64")),
+        ("kv_heads = 2\n", "", ("model.kv_heads", "2", "absent")),
+        ("learning_rate = 1e-3", "learning_rate = 2e-3", ("optimizer.learning_rate", "0.001", "0.002")),
+        ("seed = 1", "seed = 2", ("train.seed", "1", "2")),
+        ("['a.txt']", "['c.txt']", ("data.train", "[\"a.txt\"]", "[\"c.txt\"]")),
+    ] {
+        let (key, was, now) = wanted;
+        let found = old.difference(&parse(&GOOD.replacen(from, to, 1)).unwrap());
+        assert_eq!(found, Some((key.to_owned(), was.to_owned(), now.to_owned())));
+    }
+}
+
+/// What a checkpoint stores is the recipe, to the last digit.
+#[test]
+fn json_and_back() {
+    let mut recipe = parse(GOOD).unwrap();
+    recipe.optimizer.learning_rate = 0.1 + 0.2;
+    let mut back: Recipe = serde_json::from_str(&serde_json::to_string(&recipe).unwrap()).unwrap();
+    back.folder = recipe.folder.clone();
+    assert_eq!(back, recipe);
+}
