@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::packed::{BLOCK_WORDS, LANES};
 use super::{Mat, Precision, portable};
 use crate::isa::Isa;
@@ -91,6 +93,10 @@ impl Kernels {
     pub(super) fn of(isa: Isa, precision: Precision) -> &'static Self {
         assert!(isa <= Isa::best());
         match (isa, precision) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Amx, Precision::F32) => &avx512::F32,
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Amx, Precision::Bf16) => &avx512::BF16,
             (_, Precision::F32) => &portable::F32,
             (_, Precision::Bf16) => &portable::BF16,
         }

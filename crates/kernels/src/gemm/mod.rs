@@ -7,6 +7,10 @@
 //! threads and caches. An element of the result is one sum along K in an order that depends on K, the precision and
 //! the instruction set alone: never on the other rows, the groups, or the threads.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_pack;
 mod driver;
 mod grouped;
 mod kernels;
