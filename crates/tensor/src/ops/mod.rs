@@ -1,0 +1,43 @@
+//! Operations: each file holds a forward, its backward and their test against finite differences.
+
+mod arithmetic;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod linear;
+mod norm;
+mod rope;
+mod swiglu;
+
+pub use arithmetic::{add, scale, weighted_sum};
+pub use attention::attention;
+pub use cross_entropy::linear_cross_entropy;
+pub use embedding::embedding;
+pub use linear::{linear, linear_f32};
+pub use norm::rms_norm;
+pub use rope::rope;
+pub use swiglu::swiglu;
+
+use crate::{Tensor, TensorError, Var};
+
+/// An error unless `x` has `cols` columns in two dimensions; gives its rows.
+fn rows_of(what: &'static str, x: &Var, cols: usize) -> Result<usize, TensorError> {
+    let [rows, found] = x.dims()?;
+    if found == cols {
+        Ok(rows)
+    } else {
+        Err(TensorError::Shape { what, wanted: vec![rows, cols], found: vec![rows, found] })
+    }
+}
+
+/// An error unless `found` is `wanted`.
+fn same_shape(what: &'static str, wanted: &Tensor, found: &Tensor) -> Result<(), TensorError> {
+    if wanted.shape() == found.shape() {
+        Ok(())
+    } else {
+        Err(TensorError::Shape { what, wanted: wanted.shape().to_vec(), found: found.shape().to_vec() })
+    }
+}
+
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,44 @@
+//! Rotary position embedding (Su et al. 2021), half-split as Llama and Mixtral store it.
+
+use super::rows_of;
+use crate::{Graph, Tensor, TensorError, Var};
+use moebius_kernels::memory::Buffer;
+use moebius_kernels::rope::{RopeTable, rope as rotate};
+use std::sync::Arc;
+
+/// Rotates each head's pairs by the token's position.
+///
+/// # Shapes
+/// x `[tokens, heads * head_dim]`, positions `[tokens]`, result as x.
+pub fn rope<'p>(
+    g: &Graph<'p>,
+    x: &Var,
+    heads: usize,
+    head_dim: usize,
+    positions: &[u32],
+    table: &Arc<RopeTable>,
+) -> Result<Var, TensorError> {
+    let rows = rows_of("rope input", x, heads * head_dim)?;
+    assert_eq!(rows, positions.len(), "a position for each token");
+    let mut y = Buffer::from_slice(x.data());
+    rotate(&mut y, heads, head_dim, positions, table, false);
+    let (input, positions, table) = (x.clone(), positions.to_vec(), table.clone());
+    Ok(g.record_from(&[x], Tensor::new(x.shape(), y), move |dy, back| {
+        // A rotation's transpose is the rotation back.
+        let mut dx = Buffer::from_slice(dy);
+        rotate(&mut dx, heads, head_dim, &positions, &table, true);
+        back.add(&input, &dx);
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check_gradients, random};
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let table = Arc::new(RopeTable::new(100.0, 4, 16));
+        check_gradients(&[random(&[3, 8], 1)], |g, x| rope(g, &x[0], 2, 4, &[0, 7, 15], &table).unwrap());
+    }
+}
