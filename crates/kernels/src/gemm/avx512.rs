@@ -99,6 +99,12 @@ unsafe fn tile<const BF16: bool, const ROWS: usize, const PANELS: usize>(product
                 }
             }
         }
+        // C is read and written only after the sums are done: have it in the cache by then.
+        for row in 0..ROWS {
+            for p in 0..PANELS {
+                _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(row * product.c_stride + p * LANES).cast());
+            }
+        }
         let mut a = product.a;
         let mut b = product.b.add(panel * product.panel_stride);
         for _ in 0..product.k_blocks {

@@ -12,20 +12,34 @@ type Block = [__m512i; LANES];
 /// See [`Kernels::pack_rows`](super::kernels::Kernels::pack_rows).
 ///
 /// # Safety
-/// `out` has room for the packed block; the machine has [`Isa::Avx512`](crate::isa::Isa::Avx512).
+/// `out` has room for the packed blocks; the machine has [`Isa::Avx512`](crate::isa::Isa::Avx512).
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, padded: usize, out: *mut u32) {
+pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize, padded: usize, out: *mut u32) {
     let block_k = if BF16 { 2 * LANES } else { LANES };
-    for k in (0..rows.k).step_by(block_k) {
-        for row in (0..padded).step_by(LANES) {
-            let mut block = load_block::<BF16>(rows, row, k);
-            if rows.k_stride != 1 {
-                transpose(&mut block);
-            }
-            let first = (k / block_k * padded + row) * LANES;
-            for (i, &words) in block.iter().enumerate().take(padded - row) {
-                // SAFETY: a row of the packed block, for which the caller promised room.
-                unsafe { _mm512_storeu_si512(out.add(first + i * LANES).cast(), words) };
+    let (blocks, k_blocks) = (rows.count.div_ceil(block_rows), rows.k.div_ceil(block_k));
+    // In the order of the source, along its stride of 1.
+    let along_k = rows.k_stride == 1;
+    let (outer, inner) = if along_k { (blocks, k_blocks) } else { (k_blocks, blocks) };
+    for outer in 0..outer {
+        for inner in 0..inner {
+            let (block, k_block) = if along_k { (outer, inner) } else { (inner, outer) };
+            let height = if block + 1 < blocks { block_rows } else { padded - block * block_rows };
+            for row in (0..height).step_by(LANES) {
+                let source_row = block * block_rows + row;
+                if along_k {
+                    prefetch_lines(rows, source_row + block_rows, k_block * block_k);
+                } else {
+                    prefetch_words::<BF16>(rows, source_row, (k_block + 1) * block_k);
+                }
+                let mut words = load_block::<BF16>(rows, source_row, k_block * block_k);
+                if !along_k {
+                    transpose(&mut words);
+                }
+                let first = (block * block_rows * k_blocks + k_block * height + row) * LANES;
+                for (i, &words) in words.iter().enumerate().take(height - row) {
+                    // SAFETY: a row of the packed block, for which the caller promised room.
+                    unsafe { _mm512_storeu_si512(out.add(first + i * LANES).cast(), words) };
+                }
             }
         }
     }
@@ -45,6 +59,11 @@ pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words:
     for outer in 0..outer {
         for inner in 0..inner {
             let (panel, k_block) = if along_k { (outer, inner) } else { (inner, outer) };
+            if along_k {
+                prefetch_lines(columns, (panel + 1) * LANES, k_block * block_k);
+            } else {
+                prefetch_words::<BF16>(columns, panel * LANES, (k_block + 1) * block_k);
+            }
             let mut block = load_block::<BF16>(columns, panel * LANES, k_block * block_k);
             if along_k {
                 transpose(&mut block);
@@ -55,6 +74,29 @@ pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words:
                 unsafe { _mm512_storeu_si512(out.add(first + i * LANES).cast(), words) };
             }
         }
+    }
+}
+
+/// Calls sixteen lines into the cache, along two cache lines from `k` on. The processor foresees a long run along one
+/// line, not a step to the next.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch_lines(lines: &Lines, line: usize, k: usize) {
+    for line in line..lines.count.min(line + LANES) {
+        let start = lines.start().wrapping_add(line * lines.line_stride + k);
+        _mm_prefetch::<_MM_HINT_T1>(start.cast());
+        _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(LANES).cast());
+    }
+}
+
+/// Calls the k block from `k` on of sixteen lines from `line` on into the cache, when the source runs across lines.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch_words<const BF16: bool>(lines: &Lines, line: usize, k: usize) {
+    let block_k = if BF16 { 2 * LANES } else { LANES };
+    for k in k..lines.k.min(k + block_k) {
+        let start = lines.start().wrapping_add(line + k * lines.k_stride);
+        _mm_prefetch::<_MM_HINT_T1>(start.cast());
     }
 }
 

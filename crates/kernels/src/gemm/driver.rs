@@ -109,25 +109,20 @@ fn run_task(kernels: &Kernels, job: &Job, task: &Task, c: &DisjointMut<f32>, bet
         }
         return;
     }
-    let most_rows = kernels.padded_rows(CACHED_ROWS.next_multiple_of(kernels.block_rows).min(task.rows.len()));
-    let mut words = Buffer::<u32>::scratch(
-        most_rows.next_multiple_of(kernels.row_multiple) * kernels.k_blocks.min(b.k_blocks()) * LANES,
-    );
-    for rows in pieces(task.rows.clone(), CACHED_ROWS.next_multiple_of(kernels.block_rows)) {
+    let (block_rows, block_k) = (kernels.block_rows, kernels.precision.block_k());
+    let slab_rows = CACHED_ROWS.next_multiple_of(block_rows);
+    let most_rows = kernels.padded_rows(slab_rows.min(task.rows.len()));
+    let mut words = Buffer::<u32>::scratch(most_rows * kernels.k_blocks.min(b.k_blocks()) * LANES);
+    for rows in pieces(task.rows.clone(), slab_rows) {
         for k_blocks in pieces(0..b.k_blocks(), kernels.k_blocks) {
-            let k = k_blocks.start * kernels.precision.block_k()..b.k().min(k_blocks.end * kernels.precision.block_k());
+            let k = k_blocks.start * block_k..b.k().min(k_blocks.end * block_k);
             let accumulate = beta == Beta::Accumulate || k_blocks.start > 0;
-            let slab = a.row_range(rows.clone()).col_range(k);
-            let block_words = kernels.block_rows * k_blocks.len() * LANES;
-            for block in pieces(0..rows.len(), kernels.block_rows) {
-                let start = block.start / kernels.block_rows * block_words;
-                kernels.pack_rows(&Lines::rows(slab.row_range(block)), &mut words[start..]);
-            }
+            kernels.pack_rows(&Lines::rows(a.row_range(rows.clone()).col_range(k)), &mut words);
             for panels in pieces(task.panels.clone(), CACHED_PANELS) {
                 let columns = panels.start * LANES..n.min(panels.end * LANES);
                 let b_start = panels.start * b.panel_words() + k_blocks.start * BLOCK_WORDS;
-                for block in pieces(rows.clone(), kernels.block_rows) {
-                    let a_start = (block.start - rows.start) / kernels.block_rows * block_words;
+                for block in pieces(rows.clone(), block_rows) {
+                    let a_start = (block.start - rows.start) * k_blocks.len() * LANES;
                     let product = BlockProduct {
                         a: words[a_start..].as_ptr(),
                         rows: block.len(),

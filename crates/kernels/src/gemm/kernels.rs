@@ -17,16 +17,21 @@ pub(super) struct Kernels {
     /// Along how much of K, in k blocks, a block of rows goes before the next has its turn.
     pub(super) k_blocks: usize,
     pub(super) precision: Precision,
-    pub(super) pack_rows: PackFn,
-    pub(super) pack_panels: PackFn,
+    pub(super) pack_rows: PackRowsFn,
+    pub(super) pack_panels: PackPanelsFn,
     pub(super) multiply: MultiplyFn,
 }
 
-/// Packs lines; the last argument is where the words go.
+/// Packs rows, given the rows of a block, all rows padded, and where the words go.
 ///
 /// # Safety
-/// The instruction set is there, the lines are readable, the words writable.
-pub(super) type PackFn = unsafe fn(&Lines, usize, *mut u32);
+/// The instruction set is there, and the words are writable.
+pub(super) type PackRowsFn = unsafe fn(&Lines, usize, usize, *mut u32);
+/// Packs columns, given the words of a panel and where they go.
+///
+/// # Safety
+/// The instruction set is there, and the words are writable.
+pub(super) type PackPanelsFn = unsafe fn(&Lines, usize, *mut u32);
 /// Multiplies a block of rows with panels.
 ///
 /// # Safety
@@ -102,19 +107,18 @@ impl Kernels {
         }
     }
 
-    /// The rows that a block of `rows` rows takes when packed.
+    /// The rows that `rows` rows take when packed.
     pub(super) fn padded_rows(&self, rows: usize) -> usize {
         rows.next_multiple_of(self.row_multiple)
     }
 
-    /// Packs a block of rows as `[k blocks][padded rows][16 words]`.
+    /// Packs rows as blocks `[k blocks][rows of the block][16 words]`, the last block padded.
     pub(super) fn pack_rows(&self, rows: &Lines, words: &mut [u32]) {
         let padded = self.padded_rows(rows.count);
-        assert!(rows.count <= self.block_rows);
         assert!(words.len() >= self.precision.k_blocks(rows.k) * padded * LANES);
         // SAFETY: `of` gave this table, so the instruction set is there; `Lines` checked what is read, and the
         // assertion what is written.
-        unsafe { (self.pack_rows)(rows, padded, words.as_mut_ptr()) }
+        unsafe { (self.pack_rows)(rows, self.block_rows, padded, words.as_mut_ptr()) }
     }
 
     /// Packs columns as panels `[panels][k blocks][16 words][16 columns]`.

@@ -38,14 +38,19 @@ fn word<const BF16: bool>(lines: &Lines, line: usize, word: usize) -> u32 {
 /// See [`Kernels::pack_rows`].
 ///
 /// # Safety
-/// `out` has room for the packed block.
-pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, padded: usize, out: *mut u32) {
+/// `out` has room for the packed blocks.
+#[inline(always)]
+pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize, padded: usize, out: *mut u32) {
     let k_blocks = if BF16 { Precision::Bf16 } else { Precision::F32 }.k_blocks(rows.k);
     // SAFETY: the caller's promise.
     let out = unsafe { std::slice::from_raw_parts_mut(out, k_blocks * padded * LANES) };
-    for (place, out) in out.iter_mut().enumerate() {
-        let (block, row, lane) = (place / (padded * LANES), place / LANES % padded, place % LANES);
-        *out = word::<BF16>(rows, row, block * LANES + lane);
+    let block_words = (block_rows * k_blocks * LANES).max(1);
+    for (block, out) in out.chunks_mut(block_words).enumerate() {
+        let height = out.len() / (k_blocks * LANES);
+        for (place, out) in out.iter_mut().enumerate() {
+            let (k_block, row, lane) = (place / (height * LANES), place / LANES % height, place % LANES);
+            *out = word::<BF16>(rows, block * block_rows + row, k_block * LANES + lane);
+        }
     }
 }
 

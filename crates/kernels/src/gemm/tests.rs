@@ -92,7 +92,8 @@ fn every_size_around_the_blocks() {
         }
         check(isa, 5, 0, 3, 0, 0);
         check(isa, 5, 3, 0, 0, 0);
-        check(isa, 100, 300, 2100, 0, 0);
+        check(isa, 100, 30, 2100, 0, 0);
+        check(isa, 5, 600, 1100, 0, 0);
     });
 }
 
