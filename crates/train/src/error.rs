@@ -76,14 +76,6 @@ pub enum TrainError {
         /// The step of its latest checkpoint; 0 if it has none.
         step: u64,
     },
-    /// `--force` on a folder that holds something else than a run.
-    #[error("{}: wanted an empty folder or a run of ours, found other files ({found}); choose another --out", path.display())]
-    NotARun {
-        /// The folder.
-        path: PathBuf,
-        /// One of the files found.
-        found: String,
-    },
     /// `--resume` where there is nothing to resume.
     #[error("{}: nothing to resume: {message}", path.display())]
     NothingToResume {

@@ -23,8 +23,10 @@ pub mod metrics;
 pub mod plot;
 pub mod progress;
 pub mod recipe;
+pub mod run_folder;
 pub mod schedule;
 
 pub use error::{Result, TrainError};
 pub use progress::{Event, Progress, Silent};
 pub use recipe::Recipe;
+pub use run_folder::{RunFolder, Start};

@@ -99,6 +99,14 @@ impl MetricsLog {
         self.file.write_all(line_of(record).as_bytes()).map_err(TrainError::io("write", &self.path))
     }
 
+    /// Waits until all lines are on the disk.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(TrainError::io("sync", &self.path))
+    }
+
     /// All records of a log; a torn last line is left out.
     ///
     /// # Errors

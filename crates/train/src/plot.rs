@@ -191,6 +191,7 @@ fn chart<'a, 'b>(area: &'a Area<'b>, title: &str) -> ChartBuilder<'a, 'b, SVGBac
     builder
         .caption(title, ("sans-serif", 15).into_font().color(&INK))
         .margin(12)
+        .margin_right(28)
         .x_label_area_size(38)
         .y_label_area_size(56);
     builder
