@@ -1,2 +1,25 @@
-//! Routers, plans, dispatch, expert banks, balance losses, statistics.
+//! Routers, plans, dispatch, expert banks, balance losses, statistics: what makes a layer a mixture of experts.
+//!
+//! A layer reads as the papers' steps: a [`Router`] scores tokens and makes a [`Plan`] (which expert gets which token),
+//! an [`ExpertBank`] computes on rows sorted by expert, and their outputs are summed back by token with the router's
+//! weights. Training and inference run the same code.
+//!
+//! Shapes in this crate: `tokens` rows of x, `hidden` their width, `experts`, `k` choices a token, `assignments` the
+//! chosen (token, expert) pairs, sorted by expert, `width` an expert's inner width.
 #![forbid(unsafe_code)]
+
+mod balance;
+mod error;
+mod experts;
+mod layer;
+mod plan;
+mod router;
+mod statistics;
+
+pub use balance::{load_balancing_loss, z_loss};
+pub use error::MoeError;
+pub use experts::ExpertBank;
+pub use layer::MoeLayer;
+pub use plan::Plan;
+pub use router::{Router, Routing, TopKRouter};
+pub use statistics::LoadStatistics;

@@ -1,0 +1,158 @@
+//! [`Plan`]: which expert computes on which token, the one thing that routers, dispatch, grouped products, statistics and
+//! traces share.
+
+use crate::MoeError;
+
+/// Assignments sorted by expert, in CSR form. Within an expert, rows stand in token order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    n_tokens: usize,
+    n_experts: usize,
+    offsets: Vec<usize>,
+    token: Vec<u32>,
+    slot: Vec<u32>,
+    token_offsets: Vec<usize>,
+    token_rows: Vec<u32>,
+}
+
+impl Plan {
+    /// The plan in which token `t` goes to the experts `index[t * k..][..k]`, in slot order.
+    ///
+    /// # Shapes
+    /// index `[tokens, k]`.
+    ///
+    /// # Errors
+    /// If an expert does not exist, a token chooses one twice, or `index` is no multiple of `k`.
+    pub fn from_choices(n_experts: usize, k: usize, index: &[u32]) -> Result<Self, MoeError> {
+        if k == 0 || !index.len().is_multiple_of(k) {
+            return Err(MoeError::Plan(format!("wanted {k} choices for each token, found {} in all", index.len())));
+        }
+        let mut offsets = vec![0; n_experts + 1];
+        for (t, choices) in index.chunks_exact(k).enumerate() {
+            for (slot, &expert) in choices.iter().enumerate() {
+                if expert as usize >= n_experts {
+                    return Err(MoeError::Plan(format!("token {t}: expert {expert} of {n_experts}")));
+                }
+                if choices[..slot].contains(&expert) {
+                    return Err(MoeError::Plan(format!("token {t} chooses expert {expert} twice")));
+                }
+                offsets[expert as usize + 1] += 1;
+            }
+        }
+        for expert in 0..n_experts {
+            offsets[expert + 1] += offsets[expert];
+        }
+        let mut next = offsets.clone();
+        let (mut token, mut slot, mut token_rows) = (vec![0; index.len()], vec![0; index.len()], vec![0; index.len()]);
+        for (choice, &expert) in index.iter().enumerate() {
+            let row = next[expert as usize];
+            next[expert as usize] += 1;
+            token[row] = (choice / k) as u32;
+            slot[row] = (choice % k) as u32;
+            token_rows[choice] = row as u32;
+        }
+        let n_tokens = index.len() / k;
+        let token_offsets = (0..=n_tokens).map(|t| t * k).collect();
+        Ok(Self { n_tokens, n_experts, offsets, token, slot, token_offsets, token_rows })
+    }
+
+    /// Tokens routed.
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// Experts there are, with or without tokens.
+    pub fn n_experts(&self) -> usize {
+        self.n_experts
+    }
+
+    /// Pairs of a token and an expert.
+    pub fn n_assignments(&self) -> usize {
+        self.token.len()
+    }
+
+    /// `[experts + 1]`: expert e computes on rows `offsets[e]..offsets[e + 1]`.
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// `[assignments]`: the token of each row.
+    pub fn token(&self) -> &[u32] {
+        &self.token
+    }
+
+    /// `[assignments]`: the row's place among its token's choices.
+    pub fn slot(&self) -> &[u32] {
+        &self.slot
+    }
+
+    /// The rows of each token in slot order: `rows[offsets[t]..offsets[t + 1]]`.
+    pub fn rows_of_token(&self) -> (&[usize], &[u32]) {
+        (&self.token_offsets, &self.token_rows)
+    }
+
+    /// Tokens of each expert.
+    pub fn counts(&self) -> Vec<usize> {
+        self.offsets.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn three_tokens_over_four_experts() {
+        // Token 0 to experts 2 and 0, token 1 to 0 and 3, token 2 to 3 and 2; expert 1 idles.
+        let plan = Plan::from_choices(4, 2, &[2, 0, 0, 3, 3, 2]).unwrap();
+        assert_eq!(plan.offsets(), [0, 2, 2, 4, 6]);
+        assert_eq!(plan.token(), [0, 1, 0, 2, 1, 2]);
+        assert_eq!(plan.slot(), [1, 0, 0, 1, 1, 0]);
+        assert_eq!(plan.counts(), [2, 0, 2, 2]);
+        assert_eq!(plan.rows_of_token(), (&[0, 2, 4, 6][..], &[2, 0, 1, 4, 5, 3][..]));
+    }
+
+    #[test]
+    fn bad_choices_are_refused() {
+        let message = |k, index: &[u32]| Plan::from_choices(3, k, index).unwrap_err().to_string();
+        assert_eq!(message(2, &[0, 3]), "routing plan: token 0: expert 3 of 3");
+        assert_eq!(message(2, &[0, 1, 2, 2]), "routing plan: token 1 chooses expert 2 twice");
+        assert_eq!(message(2, &[0]), "routing plan: wanted 2 choices for each token, found 1 in all");
+        assert!(Plan::from_choices(3, 0, &[]).is_err());
+    }
+
+    #[test]
+    fn no_tokens_make_an_empty_plan() {
+        let plan = Plan::from_choices(3, 2, &[]).unwrap();
+        assert_eq!((plan.n_tokens(), plan.counts()), (0, vec![0, 0, 0]));
+    }
+
+    proptest! {
+        #[test]
+        fn every_choice_has_one_row(n_experts in 1usize..9, tokens in 0usize..40, seed in 0u64..1000) {
+            let k = 1 + seed as usize % n_experts;
+            let mut rng = moebius_tensor::Rng::new(seed);
+            let mut index = Vec::new();
+            for _ in 0..tokens {
+                let mut experts: Vec<u32> = (0..n_experts as u32).collect();
+                for slot in 0..k {
+                    let other = slot + rng.below(n_experts - slot);
+                    experts.swap(slot, other);
+                }
+                index.extend(&experts[..k]);
+            }
+            let plan = Plan::from_choices(n_experts, k, &index).unwrap();
+            prop_assert_eq!(plan.counts().iter().sum::<usize>(), tokens * k);
+            for expert in 0..n_experts {
+                let rows = plan.offsets()[expert]..plan.offsets()[expert + 1];
+                prop_assert!(plan.token()[rows.clone()].is_sorted());
+                for row in rows {
+                    let (token, slot) = (plan.token()[row] as usize, plan.slot()[row] as usize);
+                    prop_assert_eq!(index[token * k + slot], expert as u32);
+                    prop_assert_eq!(plan.rows_of_token().1[token * k + slot], row as u32);
+                }
+            }
+        }
+    }
+}
