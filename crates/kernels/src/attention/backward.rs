@@ -17,7 +17,7 @@ use crate::tasks::for_each_task;
 use std::ops::Range;
 
 /// Queries taken against a block of keys at once.
-const QUERY_ROWS: usize = 6 * TILE_ROWS;
+const QUERY_ROWS: usize = 8 * TILE_ROWS;
 
 /// Where the gradients are added.
 #[derive(Clone, Copy)]

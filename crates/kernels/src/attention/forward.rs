@@ -162,10 +162,16 @@ fn attend_tile<S: Simd>(
 ) {
     let width = padded(shape.head_dim);
     let mut visible: [Range<usize>; TILE_ROWS] = Default::default();
-    for (visible, row) in visible.iter_mut().zip(rows.clone()) {
-        let seen = shape.visible(first_position + row / shape.group());
+    // One division a tile: the rows follow each other.
+    let (mut position, mut head) = (first_position + rows.start / shape.group(), rows.start % shape.group());
+    for visible in &mut visible[..rows.len()] {
+        let seen = shape.visible(position);
         let inside = |position: usize| position.saturating_sub(keys.start).min(KEY_BLOCK);
         *visible = inside(seen.start)..inside(seen.end);
+        head += 1;
+        if head == shape.group() {
+            (position, head) = (position + 1, 0);
+        }
     }
     let visible = &visible[..rows.len()];
     let reach = visible.iter().filter(|v| !v.is_empty()).map(|v| v.end).max().unwrap_or(0);
@@ -188,13 +194,7 @@ fn attend_tile<S: Simd>(
 
     let (scores, _) = scores.as_chunks_mut::<KEY_BLOCK>();
     let mut rescale = [0.0; LANES];
-    let mut added = [0.0; TILE_ROWS];
-    for (i, visible) in visible.iter().enumerate().filter(|(_, visible)| !visible.is_empty()) {
-        let largest = &mut block.largest[rows.start + i];
-        let before = *largest;
-        (*largest, added[i]) = exponentiate(simd, &mut scores[i], visible, shape.scale, before);
-        rescale[i] = before - *largest;
-    }
+    let added = exponentiate(simd, scores, visible, shape.scale, &mut block.largest[rows.clone()], &mut rescale);
     // Rows that see nothing here keep the difference 0, and so the factor 1.
     exp_nonpositive(Lanes::load(simd, &rescale)).store(&mut rescale);
     for (i, row) in rows.clone().enumerate() {
@@ -218,42 +218,64 @@ pub(super) const KEY_INDEX: [f32; KEY_BLOCK] = {
     index
 };
 
-/// Replaces a row's scores (dot products) by `exp(score * scale - largest)`, zero for invisible keys; returns the new
-/// largest score and the sum.
+/// Replaces scores (dot products) by `exp(score * scale - largest)`, zero for invisible keys; raises each row's
+/// `largest`, leaves how far in `raise` (as what to add, so at most zero), and returns the sums.
+///
+/// It goes over all rows in each of four steps, because a row alone would wait for every step's result.
 #[inline(always)]
 fn exponentiate<S: Simd>(
     simd: S,
-    scores: &mut [f32; KEY_BLOCK],
-    visible: &Range<usize>,
+    scores: &mut [[f32; KEY_BLOCK]],
+    visible: &[Range<usize>],
     scale: f32,
-    before: f32,
-) -> (f32, f32) {
+    largest: &mut [f32],
+    raise: &mut [f32; LANES],
+) -> [f32; TILE_ROWS] {
     let splat = |value| Lanes::splat(simd, value);
     let (nothing, scale) = (splat(f32::NEG_INFINITY), splat(scale));
-    let (scores, _) = scores.as_chunks_mut::<LANES>();
-    let mut scaled = [nothing; KEY_BLOCK / LANES];
-    let mut top = nothing;
-    for (v, scaled) in scaled.iter_mut().enumerate() {
-        if v * LANES < visible.end {
-            *scaled = Lanes::load(simd, &scores[v]) * scale;
-            if *visible != (0..KEY_BLOCK) {
-                let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
-                *scaled = index.select_less(splat(visible.end as f32), *scaled, nothing);
-                *scaled = index.select_less(splat(visible.start as f32), nothing, *scaled);
+    let mut partial = [[0.0; LANES]; TILE_ROWS];
+    for ((scores, visible), partial) in scores.iter_mut().zip(visible).zip(&mut partial) {
+        let mut top = nothing;
+        for (v, scores) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            if v * LANES < visible.end {
+                let mut scaled = Lanes::load(simd, scores) * scale;
+                if *visible != (0..KEY_BLOCK) {
+                    let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
+                    scaled = index.select_less(splat(visible.end as f32), scaled, nothing);
+                    scaled = index.select_less(splat(visible.start as f32), nothing, scaled);
+                }
+                scaled.store(scores);
+                top = top.max(scaled);
             }
-            top = top.max(*scaled);
+        }
+        top.store(partial);
+    }
+    for (((largest, visible), partial), raise) in largest.iter_mut().zip(visible).zip(&partial).zip(raise) {
+        if !visible.is_empty() {
+            let found = Lanes::load(simd, partial).largest();
+            let before = *largest;
+            *largest = if found > before { found } else { before };
+            *raise = before - *largest;
         }
     }
-    let found = top.largest();
-    let largest = if found > before { found } else { before };
-    let mut sums = [splat(0.0); KEY_BLOCK / LANES];
-    for (v, sum) in sums.iter_mut().enumerate() {
-        if v * LANES < visible.end {
-            *sum = exp_nonpositive(scaled[v] - splat(largest));
-            sum.store(&mut scores[v]);
+    for (((scores, visible), partial), largest) in scores.iter_mut().zip(visible).zip(&mut partial).zip(&*largest) {
+        let largest = splat(*largest);
+        let mut sums = [splat(0.0); KEY_BLOCK / LANES];
+        for ((v, scores), sum) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate().zip(&mut sums) {
+            if v * LANES < visible.end {
+                *sum = exp_nonpositive(Lanes::load(simd, scores) - largest);
+                sum.store(scores);
+            }
+        }
+        ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(partial);
+    }
+    let mut added = [0.0; TILE_ROWS];
+    for ((added, visible), partial) in added.iter_mut().zip(visible).zip(&partial) {
+        if !visible.is_empty() {
+            *added = Lanes::load(simd, partial).sum();
         }
     }
-    (largest, ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum())
+    added
 }
 
 /// `mixed[row] += Σ weights[row][key] * values[key]` over the keys that the row sees, in ascending order.
