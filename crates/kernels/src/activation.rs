@@ -92,9 +92,9 @@ impl Kernel for SwigluBackward<'_> {
             let outputs = dgate.chunks_mut(LANES).zip(dup.chunks_mut(LANES));
             for (((dout, gate), up), (dgate, dup)) in inputs.zip(outputs) {
                 let gate = Lanes::load_any(simd, gate, 0.0);
-                let slope = Lanes::load_any(simd, dout, 0.0) * sigmoid(gate);
-                let shape = gate.fma(one - sigmoid(gate), one);
-                (slope * Lanes::load_any(simd, up, 0.0) * shape).store_any(dgate);
+                let open = sigmoid(gate);
+                let slope = Lanes::load_any(simd, dout, 0.0) * open;
+                (slope * Lanes::load_any(simd, up, 0.0) * gate.fma(one - open, one)).store_any(dgate);
                 (slope * gate).store_any(dup);
             }
         }
