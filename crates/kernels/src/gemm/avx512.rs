@@ -13,7 +13,7 @@ use super::packed::{BLOCK_WORDS, LANES};
 pub(super) static F32: Kernels = Kernels {
     block_rows: 12,
     row_multiple: 1,
-    k_blocks: 32,
+    k_blocks: 24,
     precision: Precision::F32,
     pack_rows: pack_rows::<false>,
     pack_panels: pack_panels::<false>,
@@ -142,7 +142,8 @@ unsafe fn tile<const BF16: bool, const ROWS: usize, const PANELS: usize>(product
 fn add_product<const BF16: bool>(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
     if BF16 {
         // SAFETY: two types for the same 512 bits.
-        let (a, b): (__m512bh, __m512bh) = unsafe { (std::mem::transmute(a), std::mem::transmute(b)) };
+        let (a, b) =
+            unsafe { (std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b)) };
         _mm512_dpbf16_ps(sum, a, b)
     } else {
         _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)

@@ -16,30 +16,34 @@ type Block = [__m512i; LANES];
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize, padded: usize, out: *mut u32) {
     let block_k = if BF16 { 2 * LANES } else { LANES };
-    let (blocks, k_blocks) = (rows.count.div_ceil(block_rows), rows.k.div_ceil(block_k));
+    let (tiles, k_blocks) = (padded.div_ceil(LANES), rows.k.div_ceil(block_k));
     // In the order of the source, along its stride of 1.
     let along_k = rows.k_stride == 1;
-    let (outer, inner) = if along_k { (blocks, k_blocks) } else { (k_blocks, blocks) };
+    let (outer, inner) = if along_k { (tiles, k_blocks) } else { (k_blocks, tiles) };
     for outer in 0..outer {
         for inner in 0..inner {
-            let (block, k_block) = if along_k { (outer, inner) } else { (inner, outer) };
-            let height = if block + 1 < blocks { block_rows } else { padded - block * block_rows };
-            for row in (0..height).step_by(LANES) {
-                let source_row = block * block_rows + row;
-                if along_k {
-                    prefetch_lines(rows, source_row + block_rows, k_block * block_k);
-                } else {
-                    prefetch_words::<BF16>(rows, source_row, (k_block + 1) * block_k);
+            let (tile, k_block) = if along_k { (outer, inner) } else { (inner, outer) };
+            let (row, k) = (tile * LANES, k_block * block_k);
+            if along_k {
+                prefetch_lines(rows, row + LANES, k);
+            } else {
+                prefetch_words::<BF16>(rows, row, k + block_k);
+            }
+            let mut words = load_block::<BF16>(rows, row, k);
+            if !along_k {
+                transpose(&mut words);
+            }
+            // The sixteen rows may belong to several blocks.
+            let (mut block_start, mut in_block) = (row / block_rows * block_rows, row % block_rows);
+            for &words in words.iter().take(padded - row) {
+                if in_block == block_rows {
+                    (block_start, in_block) = (block_start + block_rows, 0);
                 }
-                let mut words = load_block::<BF16>(rows, source_row, k_block * block_k);
-                if !along_k {
-                    transpose(&mut words);
-                }
-                let first = (block * block_rows * k_blocks + k_block * height + row) * LANES;
-                for (i, &words) in words.iter().enumerate().take(height - row) {
-                    // SAFETY: a row of the packed block, for which the caller promised room.
-                    unsafe { _mm512_storeu_si512(out.add(first + i * LANES).cast(), words) };
-                }
+                let height = block_rows.min(padded - block_start);
+                let place = (block_start * k_blocks + k_block * height + in_block) * LANES;
+                // SAFETY: a row of a packed block, for which the caller promised room.
+                unsafe { _mm512_storeu_si512(out.add(place).cast(), words) };
+                in_block += 1;
             }
         }
     }
@@ -48,9 +52,9 @@ pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize
 /// See [`Kernels::pack_panels`](super::kernels::Kernels::pack_panels).
 ///
 /// # Safety
-/// `out` has room for the panels; the machine has [`Isa::Avx512`](crate::isa::Isa::Avx512).
+/// `out` has room for the panels and is 64-byte aligned; the machine has [`Isa::Avx512`](crate::isa::Isa::Avx512).
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words: usize, out: *mut u32) {
+pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words: usize, stream: bool, out: *mut u32) {
     let block_k = if BF16 { 2 * LANES } else { LANES };
     let (panels, k_blocks) = (columns.count.div_ceil(LANES), columns.k.div_ceil(block_k));
     // In the order of the source, along its stride of 1.
@@ -70,10 +74,17 @@ pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words:
             }
             let first = panel * panel_words + k_block * BLOCK_WORDS;
             for (i, &words) in block.iter().enumerate() {
-                // SAFETY: a row of the packed panel, for which the caller promised room.
-                unsafe { _mm512_storeu_si512(out.add(first + i * LANES).cast(), words) };
+                // SAFETY: a row of the packed panel, for which the caller promised room and alignment.
+                unsafe {
+                    let out = out.add(first + i * LANES).cast();
+                    if stream { _mm512_stream_si512(out, words) } else { _mm512_store_si512(out, words) }
+                };
             }
         }
+    }
+    if stream {
+        // Streamed stores wait for no lock and no atomic: make them seen before the panels are handed on.
+        _mm_sfence();
     }
 }
 

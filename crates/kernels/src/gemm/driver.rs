@@ -16,8 +16,8 @@ use crate::parallel::{self, DisjointMut};
 const SERIAL_WORK: usize = 1 << 20;
 /// Tasks a thread, so that a thread that is held up does not keep the others waiting.
 const TASKS_PER_THREAD: usize = 4;
-/// Rows whose packed block along K stays in the second cache, together with `CACHED_PANELS`.
-const CACHED_ROWS: usize = 96;
+/// Rows that are packed at once; they stay in the second cache together with `CACHED_PANELS`.
+const CACHED_ROWS: usize = 144;
 /// Panels of B that stay in the second cache while blocks of rows pass over them.
 const CACHED_PANELS: usize = 16;
 

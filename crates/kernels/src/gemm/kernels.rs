@@ -27,11 +27,11 @@ pub(super) struct Kernels {
 /// # Safety
 /// The instruction set is there, and the words are writable.
 pub(super) type PackRowsFn = unsafe fn(&Lines, usize, usize, *mut u32);
-/// Packs columns, given the words of a panel and where they go.
+/// Packs columns, given the words of a panel, whether to write past the cache, and where the words go.
 ///
 /// # Safety
-/// The instruction set is there, and the words are writable.
-pub(super) type PackPanelsFn = unsafe fn(&Lines, usize, *mut u32);
+/// The instruction set is there, and the words are writable and 64-byte aligned.
+pub(super) type PackPanelsFn = unsafe fn(&Lines, usize, bool, *mut u32);
 /// Multiplies a block of rows with panels.
 ///
 /// # Safety
@@ -122,11 +122,14 @@ impl Kernels {
     }
 
     /// Packs columns as panels `[panels][k blocks][16 words][16 columns]`.
-    pub(super) fn pack_panels(&self, columns: &Lines, words: &mut [u32]) {
+    ///
+    /// With `stream` they are written past the cache, which is faster when they would not stay in it.
+    pub(super) fn pack_panels(&self, columns: &Lines, stream: bool, words: &mut [u32]) {
         let panel_words = self.precision.k_blocks(columns.k) * BLOCK_WORDS;
         assert_eq!(words.len(), columns.count.div_ceil(LANES) * panel_words);
+        assert!(words.is_empty() || words.as_ptr().addr().is_multiple_of(64), "panels are aligned");
         // SAFETY: as in `pack_rows`.
-        unsafe { (self.pack_panels)(columns, panel_words, words.as_mut_ptr()) }
+        unsafe { (self.pack_panels)(columns, panel_words, stream, words.as_mut_ptr()) }
     }
 
     /// The product of a packed block of rows, along `k_blocks` of K, with some columns of `b`.

@@ -19,6 +19,9 @@ const SERIAL_ELEMENTS: usize = 1 << 16;
 /// Panels of a packing task at most, when rows of the source run across panels: a kilobyte of each row.
 const PANELS_PER_TASK: usize = 16;
 
+/// Packing more bytes than this writes past the cache, which would not hold them until they are used.
+const STREAM_BYTES: usize = 1 << 22;
+
 /// An operand `[k, n]` packed into panels of 16 columns.
 #[derive(Clone, Debug)]
 pub struct Packed {
@@ -38,6 +41,7 @@ impl Packed {
     pub fn pack_many(precision: Precision, operands: &[Mat]) -> Vec<Self> {
         let kernels = Kernels::of(Isa::current(), precision);
         let mut packed: Vec<Self> = operands.iter().map(|b| Self::unfilled(precision, b.rows, b.cols)).collect();
+        let packed_bytes: usize = packed.iter().map(Self::bytes).sum();
         let mut tasks = Vec::new();
         let mut targets = Vec::with_capacity(packed.len());
         for (operand, target) in packed.iter_mut().enumerate() {
@@ -46,6 +50,7 @@ impl Packed {
             targets.push((target.panel_words(), DisjointMut::new(&mut target.words)));
         }
         let elements: usize = operands.iter().map(|b| b.rows * b.cols).sum();
+        let stream = packed_bytes > STREAM_BYTES;
         let serial_count = if elements < SERIAL_ELEMENTS { usize::MAX } else { 1 };
         parallel::for_each_index(tasks.len(), serial_count, |task| {
             let (operand, panels) = &tasks[task];
@@ -54,7 +59,7 @@ impl Packed {
             let columns = panels.start * LANES..b.cols.min(panels.end * LANES);
             // SAFETY: tasks take different panels.
             let words = unsafe { target.range(panels.start * panel_words..panels.end * panel_words) };
-            kernels.pack_panels(&Lines::columns(b.col_range(columns)), words);
+            kernels.pack_panels(&Lines::columns(b.col_range(columns)), stream, words);
         });
         packed
     }

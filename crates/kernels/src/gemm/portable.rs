@@ -58,7 +58,8 @@ pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize
 ///
 /// # Safety
 /// `out` has room for the panels.
-pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words: usize, out: *mut u32) {
+#[inline(always)]
+pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words: usize, _stream: bool, out: *mut u32) {
     // SAFETY: the caller's promise.
     let out = unsafe { std::slice::from_raw_parts_mut(out, columns.count.div_ceil(LANES) * panel_words) };
     if panel_words == 0 {
