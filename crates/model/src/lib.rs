@@ -1,2 +1,32 @@
 //! Configurations, families, checkpoints, the decoder and its cache.
+//!
+//! A published model is data here: a file in `families/` maps its `config.json` to [`ModelConfig`] and its tensor names
+//! to our weights; the arithmetic stands once, in [`Model`]. Training and inference run the same forward pass.
+//!
+//! Shapes in this crate: `tokens` rows of a ragged [`Batch`], `hidden` the width of the model, `vocab` its words.
 #![forbid(unsafe_code)]
+
+mod attention;
+mod batch;
+mod cache;
+pub mod checkpoint;
+pub mod config;
+mod decoder;
+mod error;
+pub mod families;
+mod feed_forward;
+pub mod files;
+mod loss;
+mod observer;
+pub mod safetensors;
+
+pub use batch::Batch;
+pub use cache::KvCache;
+pub use checkpoint::{Checkpoint, named_tensors, save_model};
+pub use config::{Ffn, ModelConfig};
+pub use decoder::{Model, ParameterCount};
+pub use error::ModelError;
+pub use files::atomic_write;
+pub use loss::{Loss, LossSettings};
+pub use observer::{Observer, Silent};
+pub use safetensors::Dtype;

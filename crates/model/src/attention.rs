@@ -1,0 +1,85 @@
+//! Causal self-attention with grouped query heads and rotary positions (Ainslie et al. 2023, Su et al. 2021).
+
+use crate::cache::LayerCache;
+use crate::{Batch, ModelConfig, ModelError};
+use moebius_kernels::attention::{AttentionShape, attention_cached};
+use moebius_kernels::memory::Buffer;
+use moebius_kernels::rope::RopeTable;
+use moebius_tensor::{Graph, Param, Tensor, Var, ops};
+use std::sync::Arc;
+
+/// One layer's attention.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    /// `[n_heads * head_dim, hidden]`.
+    pub(crate) q: Param,
+    /// `[n_kv_heads * head_dim, hidden]`.
+    pub(crate) k: Param,
+    /// `[n_kv_heads * head_dim, hidden]`.
+    pub(crate) v: Param,
+    /// `[hidden, n_heads * head_dim]`.
+    pub(crate) o: Param,
+}
+
+/// What all layers' attention has in common.
+#[derive(Debug)]
+pub(crate) struct AttentionPlan {
+    shape: AttentionShape,
+    rope: Arc<RopeTable>,
+}
+
+impl AttentionPlan {
+    pub(crate) fn new(config: &ModelConfig) -> Self {
+        let shape = AttentionShape {
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            scale: (config.head_dim as f32).powf(-0.5),
+            window: config.window,
+        };
+        let rope = Arc::new(RopeTable::new(config.rope_theta, config.head_dim, config.max_positions));
+        Self { shape, rope }
+    }
+}
+
+impl Attention {
+    /// Attends within each sequence of the batch; with a cache, also to what its one sequence read before.
+    ///
+    /// # Shapes
+    /// x and result `[tokens, hidden]`.
+    pub(crate) fn forward<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        x: &Var,
+        plan: &AttentionPlan,
+        batch: &Batch,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Var, ModelError> {
+        let shape = &plan.shape;
+        let rotate = |x: Var, heads| ops::rope(g, &x, heads, shape.head_dim, &batch.positions, &plan.rope);
+        let q = rotate(ops::linear(g, x, &self.q)?, shape.n_heads)?;
+        let k = rotate(ops::linear(g, x, &self.k)?, shape.n_kv_heads)?;
+        let v = ops::linear(g, x, &self.v)?;
+        let attended = match cache {
+            None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,
+            Some(cache) => {
+                let width = shape.n_kv_heads * shape.head_dim;
+                let first_position = cache.keys.len() / width;
+                cache.keys.extend_from_slice(k.data());
+                cache.values.extend_from_slice(v.data());
+                let mut out = Buffer::scratch(q.data().len());
+                attention_cached(shape, q.data(), first_position, &cache.keys, &cache.values, &mut out);
+                Var::constant(Tensor::new(q.shape(), out))
+            }
+        };
+        Ok(ops::linear(g, &attended, &self.o)?)
+    }
+
+    pub(crate) fn params(&self) -> [&Param; 4] {
+        [&self.q, &self.k, &self.v, &self.o]
+    }
+
+    pub(crate) fn params_mut(&mut self) -> [&mut Param; 4] {
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o]
+    }
+}

@@ -1,0 +1,236 @@
+//! Checkpoints: folders in Hugging Face's layout, read whole (one file or shards) and written whole or not at all.
+
+use crate::families::{self, TensorMap};
+use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
+use crate::{Model, ModelConfig, ModelError, atomic_write};
+use moebius_kernels::memory::Buffer;
+use moebius_tensor::{Param, Tensor};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// An open checkpoint: its configuration, and where each tensor is.
+pub struct Checkpoint<'a> {
+    config: ModelConfig,
+    name: String,
+    files: Vec<SafetensorsFile<'a>>,
+}
+
+impl Checkpoint<'static> {
+    /// Opens a folder with `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// What is missing, foreign or broken, by file.
+    pub fn open(folder: &Path) -> Result<Self, ModelError> {
+        if !folder.is_dir() {
+            let message = if folder.exists() { "wanted a folder, found a file" } else { "no such folder" };
+            return Err(ModelError::file(folder.display().to_string(), message));
+        }
+        let path = folder.join(CONFIG);
+        let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
+        let config = families::read_config(&bytes, &path.display().to_string())?;
+        let index = folder.join(INDEX);
+        let (name, paths) = if folder.join(WEIGHTS).exists() || !index.exists() {
+            (folder.join(WEIGHTS), vec![folder.join(WEIGHTS)])
+        } else {
+            let shards = read_index(&index)?;
+            (index, shards.iter().map(|shard| folder.join(shard)).collect())
+        };
+        let files = paths.iter().map(|path| SafetensorsFile::open(path)).collect::<Result<_, _>>()?;
+        Ok(Self { config, name: name.display().to_string(), files })
+    }
+}
+
+impl<'a> Checkpoint<'a> {
+    /// A checkpoint in memory.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_bytes(config: &[u8], weights: &'a [u8]) -> Result<Self, ModelError> {
+        let config = families::read_config(config, CONFIG)?;
+        let files = vec![SafetensorsFile::from_bytes(WEIGHTS, weights)?];
+        Ok(Self { config, name: WEIGHTS.into(), files })
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Reads all weights by our names, as f32.
+    pub(crate) fn load(&self) -> Result<BTreeMap<String, Tensor>, ModelError> {
+        let maps = families::tensors(&self.config);
+        self.check_surplus(&maps)?;
+        let mut sizes: BTreeMap<&str, usize> = BTreeMap::new();
+        for map in &maps {
+            let elements = map.elements().ok_or_else(|| {
+                ModelError::tensor(&self.name, &map.file_name, format!("its shape {:?} overflows", map.file_shape))
+            })?;
+            *sizes.entry(&map.param).or_default() += elements;
+            self.check(map)?;
+        }
+        // Only now, with every tensor there and of its shape, is memory taken.
+        let mut values: BTreeMap<String, Buffer<f32>> =
+            sizes.into_iter().map(|(param, size)| (param.to_string(), Buffer::scratch(size))).collect();
+        for map in &maps {
+            let (view, cols) = (self.find(map)?, map.cols());
+            let buffer = values.get_mut(&map.param).expect("made above");
+            view.read_f32(&mut buffer[map.rows.start * cols..map.rows.end * cols])?;
+        }
+        Ok(values.into_iter().map(|(name, data)| (name, Tensor::new(&[data.len()], data))).collect())
+    }
+
+    fn find(&self, map: &TensorMap) -> Result<crate::safetensors::TensorView<'_>, ModelError> {
+        let found = self.files.iter().find_map(|file| file.get(&map.file_name));
+        found.ok_or_else(|| {
+            let message = format!("missing; wanted shape {:?}", map.file_shape);
+            ModelError::tensor(&self.name, &map.file_name, message)
+        })
+    }
+
+    fn check(&self, map: &TensorMap) -> Result<(), ModelError> {
+        let view = self.find(map)?;
+        if view.shape != map.file_shape {
+            let message = format!("wanted shape {:?}, found {:?}", map.file_shape, view.shape);
+            return Err(ModelError::tensor(view.file, view.name, message));
+        }
+        if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            let message = format!("wanted F32, F16 or BF16, found {}", view.dtype);
+            return Err(ModelError::tensor(view.file, view.name, message));
+        }
+        Ok(())
+    }
+
+    fn check_surplus(&self, maps: &[TensorMap]) -> Result<(), ModelError> {
+        let mut wanted: BTreeSet<&str> = maps.iter().map(|map| &map.file_name[..]).collect();
+        if self.config.tie_embeddings {
+            // Some writers store the tied head once more.
+            wanted.insert("lm_head.weight");
+        }
+        let mut seen = BTreeSet::new();
+        for tensor in self.files.iter().flat_map(SafetensorsFile::tensors) {
+            // Old checkpoints carry the rotary frequencies, which follow from the configuration.
+            if !wanted.contains(tensor.name) && !tensor.name.ends_with(".rotary_emb.inv_freq") {
+                let message = format!("the {} configuration has no such tensor", self.config.family);
+                return Err(ModelError::tensor(tensor.file, tensor.name, message));
+            }
+            if !seen.insert(tensor.name) {
+                return Err(ModelError::tensor(tensor.file, tensor.name, "stands in two shards"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The shards that an index names, each once.
+fn read_index(path: &Path) -> Result<BTreeSet<String>, ModelError> {
+    let name = path.display().to_string();
+    let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
+    let index: Value =
+        serde_json::from_slice(&bytes).map_err(|error| ModelError::file(&name, format!("wanted JSON: {error}")))?;
+    let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
+        return Err(ModelError::config(&name, "weight_map", "wanted an object of tensor names and files"));
+    };
+    let mut shards = BTreeSet::new();
+    for (tensor, shard) in map {
+        let file = shard.as_str().filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file));
+        let Some(file) = file else {
+            return Err(ModelError::tensor(
+                &name,
+                tensor,
+                format!("wanted the name of a file beside the index, found {shard}"),
+            ));
+        };
+        shards.insert(file.to_string());
+    }
+    Ok(shards)
+}
+
+impl TensorMap {
+    fn elements(&self) -> Option<usize> {
+        self.file_shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n))
+    }
+
+    fn cols(&self) -> usize {
+        self.file_shape.last().copied().unwrap_or(1)
+    }
+}
+
+/// A tensor under its checkpoint's name.
+#[derive(Clone, Debug)]
+pub struct NamedTensor<'m> {
+    /// The checkpoint's name for it.
+    pub name: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+    /// Its numbers.
+    pub data: &'m [f32],
+}
+
+/// Something of every weight, the weight itself or its gradient, under the checkpoint's names and shapes. `of` gives the
+/// numbers of one of our weights; tensors of weights it has nothing for are left out.
+pub fn named_tensors<'m>(model: &'m Model, of: impl Fn(&'m Param) -> Option<&'m [f32]>) -> Vec<NamedTensor<'m>> {
+    let params: BTreeMap<&str, &Param> = model.params().into_iter().map(|param| (param.name(), param)).collect();
+    let maps = families::tensors(&model.config);
+    let part = |map: TensorMap| {
+        let data = of(params[&map.param[..]])?;
+        let cols = map.cols();
+        Some(NamedTensor {
+            name: map.file_name,
+            shape: map.file_shape,
+            data: &data[map.rows.start * cols..map.rows.end * cols],
+        })
+    };
+    maps.into_iter().filter_map(part).collect()
+}
+
+/// How weights are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StoredAs {
+    /// f32: exact.
+    #[default]
+    F32,
+    /// bf16, rounded to nearest even: half the size.
+    Bf16,
+}
+
+/// Writes `config.json`, `generation_config.json` and `model.safetensors` into `folder`, which is made if need be; each
+/// file whole or not at all, the weights first, so that a folder with a configuration is complete.
+///
+/// # Errors
+/// What the system says.
+pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(), ModelError> {
+    std::fs::create_dir_all(folder).map_err(ModelError::io(folder))?;
+    let named = named_tensors(model, |param| Some(param.value().data()));
+    let tensors: Vec<TensorToWrite> = (named.into_iter())
+        .map(|NamedTensor { name, shape, data }| {
+            let data = match stored_as {
+                StoredAs::F32 => TensorData::F32(data),
+                StoredAs::Bf16 => TensorData::BF16(data),
+            };
+            TensorToWrite { name, shape, data }
+        })
+        .collect();
+    write_safetensors(&folder.join(WEIGHTS), &tensors)?;
+    let config = &model.config;
+    let generation = json!({
+        "bos_token_id": config.bos_token,
+        "eos_token_id": families::write_config(config, "")["eos_token_id"],
+    });
+    write_json(folder.join("generation_config.json"), &generation)?;
+    let dtype = match stored_as {
+        StoredAs::F32 => "float32",
+        StoredAs::Bf16 => "bfloat16",
+    };
+    write_json(folder.join(CONFIG), &families::write_config(config, dtype))
+}
+
+fn write_json(path: PathBuf, value: &Value) -> Result<(), ModelError> {
+    let mut text = serde_json::to_vec_pretty(value).expect("a value of texts and numbers");
+    text.push(b'\n');
+    atomic_write(&path, &text)
+}

@@ -1,0 +1,129 @@
+//! [`ModelConfig`]: what a decoder is made of, whatever family it came from.
+
+/// A decoder's shape and constants.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// The family that reads and writes it: a name from [`crate::families::all`].
+    pub family: String,
+    /// Tokens of the vocabulary.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Layers.
+    pub n_layers: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Width of a head; even, for the rotation works on pairs.
+    pub head_dim: usize,
+    /// The longest sequence.
+    pub max_positions: usize,
+    /// Base of the rotary embedding.
+    pub rope_theta: f64,
+    /// Added to the mean square in RMSNorm.
+    pub rms_eps: f64,
+    /// Sliding window: a token sees `window` tokens, itself included.
+    pub window: Option<usize>,
+    /// Whether the output projection is the embedding.
+    pub tie_embeddings: bool,
+    /// The feed-forward part of every layer.
+    pub ffn: Ffn,
+    /// Weight of the load-balancing loss in training.
+    pub router_aux_loss_coef: f64,
+    /// The token that begins a text, if any.
+    pub bos_token: Option<u32>,
+    /// The tokens that end a text.
+    pub eos_tokens: Vec<u32>,
+}
+
+/// The feed-forward part of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ffn {
+    /// One SwiGLU network.
+    Dense {
+        /// Its inner width.
+        width: usize,
+    },
+    /// Several, of which a router chooses a few for each token.
+    Moe {
+        /// Networks there are.
+        n_experts: usize,
+        /// Networks a token is sent to.
+        top_k: usize,
+        /// Inner width of each.
+        width: usize,
+        /// Whether the weights of a token's experts are made to sum to one.
+        renormalise: bool,
+    },
+}
+
+/// The largest size that any one dimension may ask for: far above published models, far below what overflows.
+const LARGEST: usize = 1 << 24;
+
+impl ModelConfig {
+    /// Looks for contradictions.
+    ///
+    /// # Errors
+    /// The key of Hugging Face's spelling that is wrong, and what was wanted and found.
+    pub fn validate(&self) -> Result<(), (&'static str, String)> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden),
+            ("num_hidden_layers", self.n_layers),
+            ("num_attention_heads", self.n_heads),
+            ("num_key_value_heads", self.n_kv_heads),
+            ("head_dim", self.head_dim),
+            ("max_position_embeddings", self.max_positions),
+            ("intermediate_size", self.ffn.width()),
+        ];
+        for (key, size) in sizes {
+            if !(1..=LARGEST).contains(&size) {
+                return Err((key, format!("wanted 1 to {LARGEST}, found {size}")));
+            }
+        }
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
+            let (heads, kv) = (self.n_heads, self.n_kv_heads);
+            return Err((
+                "num_key_value_heads",
+                format!("wanted a divisor of num_attention_heads {heads}, found {kv}"),
+            ));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(("head_dim", format!("wanted an even number, found {}", self.head_dim)));
+        }
+        if let Ffn::Moe { n_experts, top_k, .. } = self.ffn {
+            if !(1..=1 << 16).contains(&n_experts) {
+                return Err(("num_local_experts", format!("wanted 1 to 65536, found {n_experts}")));
+            }
+            if !(1..=n_experts).contains(&top_k) {
+                return Err(("num_experts_per_tok", format!("wanted 1 to the {n_experts} experts, found {top_k}")));
+            }
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
+            return Err(("rope_theta", format!("wanted a number of at least 1, found {}", self.rope_theta)));
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
+            return Err(("rms_norm_eps", format!("wanted a number of at least 0, found {}", self.rms_eps)));
+        }
+        if self.window == Some(0) {
+            return Err(("sliding_window", "wanted at least 1, or null for none, found 0".into()));
+        }
+        for &token in self.bos_token.iter().chain(&self.eos_tokens) {
+            if token as usize >= self.vocab_size {
+                let message = format!("wanted a token of the vocabulary of {}, found {token}", self.vocab_size);
+                return Err(("eos_token_id or bos_token_id", message));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Ffn {
+    /// The inner width of one network.
+    pub fn width(&self) -> usize {
+        match *self {
+            Self::Dense { width } | Self::Moe { width, .. } => width,
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! [`Model`]: a decoder of pre-norm layers, attention then feed-forward, each added to the residual stream.
+
+use crate::attention::{Attention, AttentionPlan};
+use crate::cache::LayerCache;
+use crate::feed_forward::FeedForward;
+use crate::{Batch, Checkpoint, Ffn, KvCache, ModelConfig, ModelError, Observer};
+use moebius_moe::{ExpertBank, MoeLayer, Routing, TopKRouter};
+use moebius_tensor::{Graph, Param, Rng, Tensor, Var, ops};
+
+/// A decoder with its weights.
+#[derive(Debug)]
+pub struct Model {
+    /// What it is made of.
+    pub config: ModelConfig,
+    embedding: Param,
+    layers: Vec<Layer>,
+    final_norm: Param,
+    head: Option<Param>,
+    attention_plan: AttentionPlan,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: Param,
+    attention: Attention,
+    ffn_norm: Param,
+    ffn: FeedForward,
+}
+
+/// How many weights a model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterCount {
+    /// All of them.
+    pub total: usize,
+    /// Those that take part in one token: everything but the experts that the router leaves out.
+    pub active: usize,
+}
+
+/// Standard deviation of initial weights.
+const INITIAL_DEVIATION: f32 = 0.02;
+
+impl Model {
+    /// A model with random weights: normal with deviation 0.02, those that write to the residual stream divided by
+    /// sqrt(2 * layers) (Radford et al. 2019), norms one.
+    ///
+    /// # Errors
+    /// A contradictory configuration.
+    pub fn new(config: &ModelConfig, seed: u64) -> Result<Self, ModelError> {
+        let mut rng = Rng::new(seed);
+        let residual = INITIAL_DEVIATION / (2.0 * config.n_layers as f32).sqrt();
+        Self::build(config, &mut |name, shape| {
+            let mut value = Tensor::zeros(shape);
+            match name.rsplit('.').next() {
+                Some(name) if name.ends_with("norm") => value.data_mut().fill(1.0),
+                Some("o" | "down") => rng.fill_normal(value.data_mut(), residual),
+                _ => rng.fill_normal(value.data_mut(), INITIAL_DEVIATION),
+            }
+            Ok(value)
+        })
+    }
+
+    /// Reads a checkpoint's weights.
+    ///
+    /// # Errors
+    /// The tensor that is missing, surplus, of another shape or type.
+    pub fn load(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+        let mut values = checkpoint.load()?;
+        Self::build(checkpoint.config(), &mut |name, shape| {
+            let value = values.remove(name).expect("a family's tensors make all weights");
+            Ok(value.reshape(shape))
+        })
+    }
+
+    /// Makes every weight, in the order of their ids, from its name and shape.
+    fn build(
+        config: &ModelConfig,
+        value: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor, ModelError>,
+    ) -> Result<Self, ModelError> {
+        config.validate().map_err(|(key, message)| ModelError::config("configuration", key, message))?;
+        let mut next_id = 0;
+        let mut param = |name: String, shape: &[usize]| -> Result<Param, ModelError> {
+            let param = Param::new(next_id, name.clone(), value(&name, shape)?);
+            next_id += 1;
+            Ok(param)
+        };
+        let (hidden, vocab) = (config.hidden, config.vocab_size);
+        let (queries, keys) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+        let embedding = param("embedding".into(), &[vocab, hidden])?;
+        let mut layers = Vec::with_capacity(config.n_layers);
+        for layer in 0..config.n_layers {
+            let mut param = |name: &str, shape: &[usize]| param(format!("layers.{layer}.{name}"), shape);
+            layers.push(Layer {
+                attention_norm: param("attention_norm", &[hidden])?,
+                attention: Attention {
+                    q: param("attention.q", &[queries, hidden])?,
+                    k: param("attention.k", &[keys, hidden])?,
+                    v: param("attention.v", &[keys, hidden])?,
+                    o: param("attention.o", &[hidden, queries])?,
+                },
+                ffn_norm: param("ffn_norm", &[hidden])?,
+                ffn: build_feed_forward(config, &mut param)?,
+            });
+        }
+        let final_norm = param("final_norm".into(), &[hidden])?;
+        let head = if config.tie_embeddings { None } else { Some(param("head".into(), &[vocab, hidden])?) };
+        let attention_plan = AttentionPlan::new(config);
+        Ok(Self { config: config.clone(), embedding, layers, final_norm, head, attention_plan })
+    }
+
+    /// All weights; a weight's id is its place here.
+    pub fn params(&self) -> Vec<&Param> {
+        let mut all = vec![&self.embedding];
+        for layer in &self.layers {
+            all.push(&layer.attention_norm);
+            all.extend(layer.attention.params());
+            all.push(&layer.ffn_norm);
+            all.extend(layer.ffn.params());
+        }
+        all.push(&self.final_norm);
+        all.extend(&self.head);
+        all
+    }
+
+    /// All weights, to be changed.
+    pub fn params_mut(&mut self) -> Vec<&mut Param> {
+        let mut all = vec![&mut self.embedding];
+        for layer in &mut self.layers {
+            all.push(&mut layer.attention_norm);
+            all.extend(layer.attention.params_mut());
+            all.push(&mut layer.ffn_norm);
+            all.extend(layer.ffn.params_mut());
+        }
+        all.push(&mut self.final_norm);
+        all.extend(&mut self.head);
+        all
+    }
+
+    /// Total and active weights, embeddings included (a tied one once).
+    pub fn count_params(&self) -> ParameterCount {
+        let total = self.params().iter().map(|param| param.value().data().len()).sum();
+        let idle = match self.config.ffn {
+            Ffn::Dense { .. } => 0,
+            Ffn::Moe { n_experts, top_k, width, .. } => {
+                self.config.n_layers * (n_experts - top_k) * 3 * width * self.config.hidden
+            }
+        };
+        ParameterCount { total, active: total - idle }
+    }
+
+    /// An error unless all ids are in the vocabulary.
+    ///
+    /// # Errors
+    /// The first that is not, and where it stands.
+    pub fn check_tokens(&self, tokens: &[u32]) -> Result<(), ModelError> {
+        let vocabulary = self.config.vocab_size;
+        match tokens.iter().position(|&token| token as usize >= vocabulary) {
+            Some(position) => Err(ModelError::Token { token: tokens[position], position, vocabulary }),
+            None => Ok(()),
+        }
+    }
+
+    /// The hidden states after the final norm, `[tokens, hidden]`. With a cache, the batch is more of the one sequence
+    /// that the cache holds.
+    ///
+    /// # Errors
+    /// A token or position that the model lacks.
+    pub fn forward<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        batch: &Batch,
+        cache: Option<&mut KvCache>,
+        observer: &mut dyn Observer,
+    ) -> Result<Var, ModelError> {
+        self.forward_with(g, batch, cache, observer, false)
+    }
+
+    /// As [`Model::forward`]; with `recompute`, layers keep nothing for the backward but their input and run twice.
+    pub(crate) fn forward_with<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        batch: &Batch,
+        mut cache: Option<&mut KvCache>,
+        observer: &mut dyn Observer,
+        recompute: bool,
+    ) -> Result<Var, ModelError> {
+        self.check(batch, cache.as_deref())?;
+        let mut x = ops::embedding(g, &batch.tokens, &self.embedding)?;
+        observer.hidden(0, &x);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let routing;
+            (x, routing) = if recompute && cache.is_none() {
+                layer.forward_recomputed(g, &x, &self.attention_plan, batch, self.config.rms_eps as f32)?
+            } else {
+                let cache = cache.as_deref_mut().map(|cache| cache.layer(index));
+                layer.forward(g, &x, &self.attention_plan, batch, cache, self.config.rms_eps as f32)?
+            };
+            if let Some(routing) = &routing {
+                observer.routing(index, routing);
+            }
+            if index + 1 < self.layers.len() {
+                observer.hidden(index + 1, &x);
+            }
+        }
+        let x = ops::rms_norm(g, &x, &self.final_norm, self.config.rms_eps as f32)?;
+        observer.hidden(self.layers.len(), &x);
+        Ok(x)
+    }
+
+    fn check(&self, batch: &Batch, cache: Option<&KvCache>) -> Result<(), ModelError> {
+        self.check_tokens(&batch.tokens)?;
+        let (found, context) =
+            (batch.positions.iter().max().map_or(0, |&last| last as usize + 1), self.config.max_positions);
+        if found > context {
+            return Err(ModelError::Context { found, context });
+        }
+        if let Some(cache) = cache {
+            assert_eq!(batch.starts.len(), 2, "a cache holds one sequence");
+            let first = batch.positions.first().map_or(cache.len(), |&first| first as usize);
+            assert_eq!(first, cache.len(), "the batch goes on where the cache ends");
+        }
+        Ok(())
+    }
+
+    /// The output projection.
+    pub(crate) fn head(&self) -> &Param {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The scores of the next token, `[rows, vocab]`, of hidden states `[rows, hidden]`.
+    ///
+    /// # Panics
+    /// If `hidden` has another width.
+    pub fn logits<'p>(&'p self, g: &Graph<'p>, hidden: &Var) -> Var {
+        ops::linear(g, hidden, self.head()).expect("hidden states of this model")
+    }
+}
+
+fn build_feed_forward(
+    config: &ModelConfig,
+    param: &mut dyn FnMut(&str, &[usize]) -> Result<Param, ModelError>,
+) -> Result<FeedForward, ModelError> {
+    let hidden = config.hidden;
+    Ok(match config.ffn {
+        Ffn::Dense { width } => FeedForward::Dense {
+            gate_up: param("mlp.gate_up", &[2 * width, hidden])?,
+            down: param("mlp.down", &[hidden, width])?,
+        },
+        Ffn::Moe { n_experts, top_k, width, renormalise } => FeedForward::Moe(MoeLayer {
+            router: TopKRouter::new(param("moe.router", &[n_experts, hidden])?, top_k, renormalise)?,
+            experts: ExpertBank::new(
+                param("moe.gate_up", &[n_experts, 2 * width, hidden])?,
+                param("moe.down", &[n_experts, hidden, width])?,
+            )?,
+        }),
+    })
+}
+
+impl Layer {
+    fn forward<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        x: &Var,
+        plan: &AttentionPlan,
+        batch: &Batch,
+        cache: Option<&mut LayerCache>,
+        eps: f32,
+    ) -> Result<(Var, Option<Routing>), ModelError> {
+        let normed = ops::rms_norm(g, x, &self.attention_norm, eps)?;
+        let x = ops::add(g, x, &self.attention.forward(g, &normed, plan, batch, cache)?)?;
+        let normed = ops::rms_norm(g, &x, &self.ffn_norm, eps)?;
+        let (y, routing) = self.ffn.forward(g, &normed)?;
+        Ok((ops::add(g, &x, &y)?, routing))
+    }
+
+    /// As [`Layer::forward`] without a cache, its inner activations made anew in the backward.
+    fn forward_recomputed<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        x: &Var,
+        plan: &'p AttentionPlan,
+        batch: &Batch,
+        eps: f32,
+    ) -> Result<(Var, Option<Routing>), ModelError> {
+        let (batch, decided) = (batch.clone(), std::rc::Rc::new(std::cell::RefCell::new(None)));
+        let slot = decided.clone();
+        let outputs = g.checkpoint(x, move |g, x| {
+            let (y, routing) = self.forward(g, x, plan, &batch, None, eps)?;
+            let mut outputs = vec![y];
+            if let Some(routing) = &routing {
+                outputs.extend([routing.logits.clone(), routing.probabilities.clone()]);
+            }
+            slot.borrow_mut().get_or_insert(routing);
+            Ok::<_, ModelError>(outputs)
+        })?;
+        let mut routing = decided.borrow_mut().take().flatten();
+        if let Some(routing) = &mut routing {
+            // Losses on the routing must flow into the recomputation.
+            (routing.logits, routing.probabilities) = (outputs[1].clone(), outputs[2].clone());
+        }
+        Ok((outputs[0].clone(), routing))
+    }
+}

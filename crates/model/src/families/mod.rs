@@ -1,0 +1,91 @@
+//! Families: how published models spell what [`ModelConfig`] and our weights say. A family is data; the arithmetic is
+//! elsewhere.
+
+mod keys;
+mod llama;
+mod mixtral;
+mod shared;
+
+use crate::{ModelConfig, ModelError};
+use keys::Keys;
+use serde_json::{Map, Value};
+use std::ops::Range;
+
+/// One published family.
+#[derive(Clone, Copy)]
+pub struct Family {
+    /// Its name, as [`ModelConfig::family`] holds it: the `model_type` it writes.
+    pub name: &'static str,
+    /// The `model_type`s it reads.
+    pub model_types: &'static [&'static str],
+    /// The class that transformers names in `architectures`.
+    pub architecture: &'static str,
+    read: fn(&Keys) -> Result<ModelConfig, ModelError>,
+    write: fn(&ModelConfig) -> Map<String, Value>,
+    tensors: fn(&ModelConfig) -> Vec<TensorMap>,
+}
+
+/// A tensor of a checkpoint and the weight, or the part of one, that it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorMap {
+    /// Its name in the file.
+    pub file_name: String,
+    /// Its shape in the file.
+    pub file_shape: Vec<usize>,
+    /// The name of our weight.
+    pub param: String,
+    /// The rows that it fills, counted over all dimensions but the last (a vector is one row).
+    pub rows: Range<usize>,
+}
+
+/// All families, in the order of their names.
+pub fn all() -> &'static [Family] {
+    &[llama::FAMILY, mixtral::FAMILY]
+}
+
+/// The family of that name or `model_type`.
+pub fn find(model_type: &str) -> Option<&'static Family> {
+    all().iter().find(|family| family.model_types.contains(&model_type))
+}
+
+/// Reads a `config.json`; `file` is its name for errors.
+///
+/// # Errors
+/// Text that is no JSON object, an unknown family, keys missing, of a wrong type, out of range, contradictory, or that
+/// ask for arithmetic we lack.
+pub fn read_config(bytes: &[u8], file: &str) -> Result<ModelConfig, ModelError> {
+    let value: Value =
+        serde_json::from_slice(bytes).map_err(|error| ModelError::file(file, format!("wanted JSON: {error}")))?;
+    let Value::Object(map) = value else {
+        return Err(ModelError::file(file, "wanted a JSON object"));
+    };
+    let keys = Keys::new(file, &map);
+    let model_type = keys.text("model_type")?;
+    let Some(family) = find(model_type) else {
+        let known: Vec<&str> = all().iter().flat_map(|family| family.model_types).copied().collect();
+        let message = format!("family `{model_type}` is not known; known are {}", known.join(", "));
+        return Err(ModelError::config(file, "model_type", message));
+    };
+    let config = (family.read)(&keys)?;
+    config.validate().map_err(|(key, message)| ModelError::config(file, key, message))?;
+    Ok(config)
+}
+
+/// A configuration as its family's `config.json`, with the dtype of the weights beside it.
+pub fn write_config(config: &ModelConfig, dtype: &str) -> Value {
+    let family = of(config);
+    let mut map = (family.write)(config);
+    map.insert("architectures".into(), vec![family.architecture].into());
+    map.insert("model_type".into(), family.name.into());
+    map.insert("torch_dtype".into(), dtype.into());
+    Value::Object(map)
+}
+
+/// Every tensor of a checkpoint of this configuration.
+pub fn tensors(config: &ModelConfig) -> Vec<TensorMap> {
+    (of(config).tensors)(config)
+}
+
+fn of(config: &ModelConfig) -> &'static Family {
+    find(&config.family).unwrap_or_else(|| panic!("a configuration names a known family, found `{}`", config.family))
+}

@@ -1,0 +1,127 @@
+//! What the families have in common: keys and tensor names of Llama's kind.
+
+use super::TensorMap;
+use super::keys::Keys;
+use crate::{Ffn, ModelConfig, ModelError};
+use serde_json::{Map, Value, json};
+
+/// Reads the keys of Llama's kind; `rope_theta` is the family's where none is given.
+pub(super) fn read(keys: &Keys, family: &str, ffn: Ffn, rope_theta: f64) -> Result<ModelConfig, ModelError> {
+    keys.only("hidden_act", json!("silu"))?;
+    keys.only("attention_bias", json!(false))?;
+    keys.only("mlp_bias", json!(false))?;
+    let (hidden, n_heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
+    let head_dim = match keys.optional_size("head_dim")? {
+        Some(head_dim) => head_dim,
+        None if n_heads > 0 && hidden.is_multiple_of(n_heads) => hidden / n_heads,
+        None => {
+            let message = format!("wanted a divisor of hidden_size {hidden}, found {n_heads}");
+            return Err(keys.error("num_attention_heads", message));
+        }
+    };
+    Ok(ModelConfig {
+        family: family.into(),
+        vocab_size: keys.size("vocab_size")?,
+        hidden,
+        n_layers: keys.size("num_hidden_layers")?,
+        n_heads,
+        n_kv_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(n_heads),
+        head_dim,
+        max_positions: keys.optional_size("max_position_embeddings")?.unwrap_or(2048),
+        rope_theta: read_rope_theta(keys, rope_theta)?,
+        rms_eps: keys.number("rms_norm_eps", 1e-6)?,
+        window: keys.optional_size("sliding_window")?,
+        tie_embeddings: keys.flag("tie_word_embeddings", false)?,
+        ffn,
+        router_aux_loss_coef: keys.number("router_aux_loss_coef", 0.0)?,
+        bos_token: keys.token_ids("bos_token_id")?.first().copied(),
+        eos_tokens: keys.token_ids("eos_token_id")?,
+    })
+}
+
+/// The rotary base in the spelling of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+fn read_rope_theta(keys: &Keys, default: f64) -> Result<f64, ModelError> {
+    let mut theta = keys.number("rope_theta", default)?;
+    for name in ["rope_parameters", "rope_scaling"] {
+        let Some(rope) = keys.object(name)? else { continue };
+        rope.only("rope_type", json!("default"))?;
+        rope.only("type", json!("default"))?;
+        rope.only("partial_rotary_factor", json!(1.0))?;
+        theta = rope.number("rope_theta", theta)?;
+    }
+    keys.only("partial_rotary_factor", json!(1.0))?;
+    Ok(theta)
+}
+
+/// Writes the keys that [`read`] reads, in the spelling that both versions of transformers take.
+pub(super) fn write(config: &ModelConfig) -> Map<String, Value> {
+    let Value::Object(map) = json!({
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn.width(),
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_token,
+        "eos_token_id": match config.eos_tokens[..] {
+            [] => Value::Null,
+            [one] => one.into(),
+            ref several => several.to_vec().into(),
+        },
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "use_cache": true,
+    }) else {
+        unreachable!("the literal is an object")
+    };
+    map
+}
+
+/// The tensors of a decoder of Llama's kind, with `feed_forward(layer)` between attention and the next layer.
+pub(super) fn tensors(config: &ModelConfig, feed_forward: impl Fn(usize) -> Vec<TensorMap>) -> Vec<TensorMap> {
+    let hidden = config.hidden;
+    let (queries, keys) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+    let mut all = vec![matrix("model.embed_tokens", "embedding", config.vocab_size, hidden)];
+    for layer in 0..config.n_layers {
+        let (theirs, ours) = (format!("model.layers.{layer}"), format!("layers.{layer}"));
+        all.push(vector(&format!("{theirs}.input_layernorm"), &format!("{ours}.attention_norm"), hidden));
+        for (letter, rows, cols) in
+            [("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)]
+        {
+            let name = format!("{theirs}.self_attn.{letter}_proj");
+            all.push(matrix(&name, &format!("{ours}.attention.{letter}"), rows, cols));
+        }
+        all.push(vector(&format!("{theirs}.post_attention_layernorm"), &format!("{ours}.ffn_norm"), hidden));
+        all.extend(feed_forward(layer));
+    }
+    all.push(vector("model.norm", "final_norm", hidden));
+    if !config.tie_embeddings {
+        all.push(matrix("lm_head", "head", config.vocab_size, hidden));
+    }
+    all
+}
+
+/// A whole matrix.
+pub(super) fn matrix(theirs: &str, ours: &str, rows: usize, cols: usize) -> TensorMap {
+    part(theirs, ours, 0, rows, cols)
+}
+
+/// `rows` rows of a (stack of) matrices, from row `first` on.
+pub(super) fn part(theirs: &str, ours: &str, first: usize, rows: usize, cols: usize) -> TensorMap {
+    TensorMap {
+        file_name: format!("{theirs}.weight"),
+        file_shape: vec![rows, cols],
+        param: ours.into(),
+        rows: first..first + rows,
+    }
+}
+
+fn vector(theirs: &str, ours: &str, len: usize) -> TensorMap {
+    TensorMap { file_name: format!("{theirs}.weight"), file_shape: vec![len], param: ours.into(), rows: 0..1 }
+}

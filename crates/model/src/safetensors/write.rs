@@ -1,0 +1,97 @@
+//! Writing safetensors files, whole or not at all.
+
+use super::Dtype;
+use crate::{ModelError, files};
+use half::bf16;
+use serde_json::{Map, json};
+use std::io::Write;
+use std::path::Path;
+
+/// A tensor on its way to a file.
+pub struct TensorToWrite<'a> {
+    /// Its name.
+    pub name: String,
+    /// Lengths of the dimensions.
+    pub shape: Vec<usize>,
+    /// Its numbers.
+    pub data: TensorData<'a>,
+}
+
+/// The numbers of a tensor and the type that they are written in.
+pub enum TensorData<'a> {
+    /// f32 as they are.
+    F32(&'a [f32]),
+    /// f32, rounded to the nearest bf16, ties to even.
+    BF16(&'a [f32]),
+    /// Whole numbers.
+    I64(&'a [i64]),
+    /// Whole numbers of 32 bits.
+    U32(&'a [u32]),
+}
+
+impl TensorData<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::F32(_) => Dtype::F32,
+            Self::BF16(_) => Dtype::BF16,
+            Self::I64(_) => Dtype::I64,
+            Self::U32(_) => Dtype::U32,
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(data) | Self::BF16(data) => data.len(),
+            Self::I64(data) => data.len(),
+            Self::U32(data) => data.len(),
+        }
+    }
+
+    fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
+        match self {
+            Self::F32(data) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
+            Self::BF16(data) => data.iter().try_for_each(|&x| out.write_all(&bf16::from_f32(x).to_le_bytes())),
+            Self::I64(data) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
+            Self::U32(data) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
+        }
+    }
+}
+
+impl<'a> TensorToWrite<'a> {
+    /// A tensor.
+    pub fn new(name: impl Into<String>, shape: &[usize], data: TensorData<'a>) -> Self {
+        Self { name: name.into(), shape: shape.to_vec(), data }
+    }
+
+    /// A tensor of f32.
+    pub fn f32(name: impl Into<String>, shape: &[usize], data: &'a [f32]) -> Self {
+        Self::new(name, shape, TensorData::F32(data))
+    }
+}
+
+/// Writes tensors in the order given, the data from a 64-byte border on.
+///
+/// # Errors
+/// What the system says; nothing is left behind then.
+///
+/// # Panics
+/// If a tensor's shape and number of elements differ.
+pub fn write_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Result<(), ModelError> {
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut end = 0;
+    for TensorToWrite { name, shape, data } in tensors {
+        assert_eq!(shape.iter().product::<usize>(), data.len(), "{name}: elements of shape {shape:?}");
+        let start = end;
+        end += data.len() * data.dtype().size();
+        let entry = json!({"dtype": data.dtype().to_string(), "shape": shape, "data_offsets": [start, end]});
+        header.insert(name.clone(), entry);
+    }
+    let mut header = serde_json::to_vec(&header).expect("a header of texts and numbers");
+    header.resize((8 + header.len()).next_multiple_of(64) - 8, b' ');
+    files::atomic_write_with(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        tensors.iter().try_for_each(|tensor| tensor.data.write(out))
+    })
+}
