@@ -45,7 +45,11 @@ struct Task {
 /// Runs all jobs, which write different parts of `c`, and whose operands have one precision.
 pub(super) fn run(jobs: &[Job], c: &mut [f32], beta: Beta) {
     let Some(first) = jobs.first() else { return };
-    let kernels = Kernels::of(Isa::current(), first.b.precision());
+    run_on(Kernels::of(Isa::current(), first.b.precision()), jobs, c, beta);
+}
+
+/// As [`run`], with given kernels.
+pub(super) fn run_on(kernels: &Kernels, jobs: &[Job], c: &mut [f32], beta: Beta) {
     for job in jobs {
         assert_eq!(job.a.cols, job.b.k(), "columns of the left operand, rows of the right one");
         assert_eq!(job.b.precision(), kernels.precision, "operands of one call have one precision");

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::packed::{BLOCK_WORDS, LANES};
 use super::{Mat, Precision, portable};
+#[cfg(target_arch = "x86_64")]
+use super::{amx, avx2, avx512};
 use crate::isa::Isa;
 
 /// The functions of one instruction set and precision, and the block of rows that its kernel takes.
@@ -69,9 +69,10 @@ impl<'a> Lines<'a> {
         self.data.as_ptr()
     }
 
-    /// Element `k` of line `line`; zero outside.
-    pub(super) fn at(&self, line: usize, k: usize) -> f32 {
-        if line < self.count && k < self.k { self.data[line * self.line_stride + k * self.k_stride] } else { 0.0 }
+    /// `count` elements that follow each other in memory, from element `k` of line `line` on.
+    #[inline(always)]
+    pub(super) fn run(&self, line: usize, k: usize, count: usize) -> &[f32] {
+        &self.data[line * self.line_stride + k * self.k_stride..][..count]
     }
 }
 
@@ -101,7 +102,13 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512 | Isa::Amx, Precision::F32) => &avx512::F32,
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Amx, Precision::Bf16) => &avx512::BF16,
+            (Isa::Avx512, Precision::Bf16) => &avx512::BF16,
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Amx, Precision::Bf16) => &amx::BF16,
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, Precision::F32) => &avx2::F32,
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, Precision::Bf16) => &avx2::BF16,
             (_, Precision::F32) => &portable::F32,
             (_, Precision::Bf16) => &portable::BF16,
         }

@@ -8,6 +8,10 @@
 //! the instruction set alone: never on the other rows, the groups, or the threads.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_pack;
@@ -19,6 +23,8 @@ mod packed;
 mod portable;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use grouped::{grouped_matmul, grouped_matmul_weight_gradient};
 pub use mat::Mat;

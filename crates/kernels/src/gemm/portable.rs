@@ -1,7 +1,5 @@
 //! The products in plain loops: for any processor, and the reference that each instruction set is compared with.
 
-use half::bf16;
-
 use super::Precision;
 use super::kernels::{BlockProduct, Kernels, Lines};
 use super::packed::{BLOCK_WORDS, LANES};
@@ -24,16 +22,8 @@ pub(super) static BF16: Kernels = Kernels {
     ..F32
 };
 
-/// The word that holds what follows along K from word `word` of line `line`.
-#[inline(always)]
-fn word<const BF16: bool>(lines: &Lines, line: usize, word: usize) -> u32 {
-    if BF16 {
-        let half = |k| u32::from(bf16::from_f32(lines.at(line, k)).to_bits());
-        half(2 * word) | half(2 * word + 1) << 16
-    } else {
-        lines.at(line, word).to_bits()
-    }
-}
+/// Sixteen lines (or words) of sixteen words (or lines).
+type Block = [[u32; LANES]; LANES];
 
 /// See [`Kernels::pack_rows`].
 ///
@@ -41,33 +31,106 @@ fn word<const BF16: bool>(lines: &Lines, line: usize, word: usize) -> u32 {
 /// `out` has room for the packed blocks.
 #[inline(always)]
 pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize, padded: usize, out: *mut u32) {
-    let k_blocks = if BF16 { Precision::Bf16 } else { Precision::F32 }.k_blocks(rows.k);
+    let block_k = if BF16 { 2 * LANES } else { LANES };
+    let k_blocks = rows.k.div_ceil(block_k);
     // SAFETY: the caller's promise.
     let out = unsafe { std::slice::from_raw_parts_mut(out, k_blocks * padded * LANES) };
-    let block_words = (block_rows * k_blocks * LANES).max(1);
-    for (block, out) in out.chunks_mut(block_words).enumerate() {
-        let height = out.len() / (k_blocks * LANES);
-        for (place, out) in out.iter_mut().enumerate() {
-            let (k_block, row, lane) = (place / (height * LANES), place / LANES % height, place % LANES);
-            *out = word::<BF16>(rows, block * block_rows + row, k_block * LANES + lane);
+    for k_block in 0..k_blocks {
+        for first in (0..padded).step_by(LANES) {
+            let mut block = load_block::<BF16>(rows, first, k_block * block_k);
+            if rows.k_stride != 1 {
+                transpose(&mut block);
+            }
+            for (row, words) in (first..padded).zip(&block) {
+                let block_start = row / block_rows * block_rows;
+                let height = block_rows.min(padded - block_start);
+                let place = block_start * k_blocks + k_block * height + row - block_start;
+                out[place * LANES..][..LANES].copy_from_slice(words);
+            }
         }
     }
 }
 
-/// See [`Kernels::pack_panels`].
+/// See [`Kernels::pack_panels`]. Streaming past the cache is left to others.
 ///
 /// # Safety
 /// `out` has room for the panels.
 #[inline(always)]
 pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words: usize, _stream: bool, out: *mut u32) {
+    let block_k = if BF16 { 2 * LANES } else { LANES };
+    let panels = columns.count.div_ceil(LANES);
     // SAFETY: the caller's promise.
-    let out = unsafe { std::slice::from_raw_parts_mut(out, columns.count.div_ceil(LANES) * panel_words) };
-    if panel_words == 0 {
-        return;
+    let out = unsafe { std::slice::from_raw_parts_mut(out, panels * panel_words) };
+    for panel in 0..panels {
+        for k_block in 0..panel_words / BLOCK_WORDS {
+            let mut block = load_block::<BF16>(columns, panel * LANES, k_block * block_k);
+            if columns.k_stride == 1 {
+                transpose(&mut block);
+            }
+            let place = panel * panel_words + k_block * BLOCK_WORDS;
+            out[place..place + BLOCK_WORDS].copy_from_slice(block.as_flattened());
+        }
     }
-    for (panel, out) in out.chunks_exact_mut(panel_words).enumerate() {
-        for (place, out) in out.iter_mut().enumerate() {
-            *out = word::<BF16>(columns, panel * LANES + place % LANES, place / LANES);
+}
+
+/// Sixteen lines from `line` on, along a k block from `k` on, zero where there are none: an array for each line when
+/// the source runs along K, else one for each word.
+#[inline(always)]
+fn load_block<const BF16: bool>(lines: &Lines, line: usize, k: usize) -> Block {
+    let block_k = if BF16 { 2 * LANES } else { LANES };
+    let mut block = [[0; LANES]; LANES];
+    if lines.k_stride == 1 {
+        for (i, words) in block.iter_mut().enumerate().take(lines.count.saturating_sub(line)) {
+            let mut source = [0.0; 2 * LANES];
+            let count = block_k.min(lines.k - k);
+            source[..count].copy_from_slice(lines.run(line + i, k, count));
+            for (i, word) in words.iter_mut().enumerate() {
+                *word = if BF16 { pair(source[2 * i], source[2 * i + 1]) } else { source[i].to_bits() };
+            }
+        }
+        return block;
+    }
+    let count = lines.count.saturating_sub(line).min(LANES);
+    let load = |k: usize| {
+        let mut source = [0.0; LANES];
+        if k < lines.k && count > 0 {
+            source[..count].copy_from_slice(lines.run(line, k, count));
+        }
+        source
+    };
+    for (i, words) in block.iter_mut().enumerate() {
+        if BF16 {
+            let (low, high) = (load(k + 2 * i), load(k + 2 * i + 1));
+            for ((word, &low), &high) in words.iter_mut().zip(&low).zip(&high) {
+                *word = pair(low, high);
+            }
+        } else {
+            *words = load(k + i).map(f32::to_bits);
+        }
+    }
+    block
+}
+
+/// Two f32 rounded to bf16, the first in the low half.
+#[inline(always)]
+fn pair(low: f32, high: f32) -> u32 {
+    round(low) >> 16 | round(high) & 0xffff_0000
+}
+
+/// The bits of the nearest bf16, ties to even, in the high half (the low half is rubbish). A NaN stays one.
+#[inline(always)]
+fn round(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    if value.is_nan() { bits | 0x0040_0000 } else { rounded }
+}
+
+#[inline(always)]
+fn transpose(block: &mut Block) {
+    let source = *block;
+    for (i, words) in block.iter_mut().enumerate() {
+        for (j, word) in words.iter_mut().enumerate() {
+            *word = source[j][i];
         }
     }
 }

@@ -221,3 +221,33 @@ fn views_point_where_they_say() {
     assert_eq!(part.t().at(5, 4), data[6 * 10 + 8]);
     assert_eq!(whole.row_range(10..10).rows(), 0);
 }
+
+/// The AMX kernels on simulated tiles: blocks, edges, sums carried between blocks of K, independence of rows.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn simulated_tiles_multiply() {
+    let multiply = |a: Mat, b: &Packed, c: &mut [f32], beta| {
+        driver::run_on(&amx::SIMULATED, &[driver::Job { a, b, first: 0 }], c, beta);
+    };
+    for (m, n, k) in
+        [(1, 16, 32), (16, 32, 64), (17, 33, 31), (31, 70, 100), (32, 48, 7), (150, 300, 33), (70, 20, 900)]
+    {
+        for kind in 0..4 {
+            let (a, b) = (storage(m, k, 15), storage(k, n, 16));
+            let (a, b) = (view(&a, m, k, kind), view(&b, k, n, kind));
+            let packed = Packed::pack(Precision::Bf16, b);
+            for beta in [Beta::Overwrite, Beta::Accumulate] {
+                let before = values(m * n, 17);
+                let mut c = before.clone();
+                multiply(a, &packed, &mut c, beta);
+                let what = format!("simulated {beta:?} [{m}, {k}] x [{k}, {n}] views {kind}");
+                assert_close(&c, &reference(Precision::Bf16, a, b, &before, beta), k, &what);
+                for row in [0, m / 2, m - 1] {
+                    let mut alone = before[row * n..(row + 1) * n].to_vec();
+                    multiply(a.row_range(row..row + 1), &packed, &mut alone, beta);
+                    assert!(alone == c[row * n..(row + 1) * n], "{what}: row {row} alone");
+                }
+            }
+        }
+    }
+}
