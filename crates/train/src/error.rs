@@ -105,7 +105,9 @@ pub enum TrainError {
         message: String,
     },
     /// The loss or the gradient stopped being a number.
-    #[error("step {step}: {what} is {value}: training diverged; lower optimizer.learning_rate or raise optimizer.warmup_steps")]
+    #[error(
+        "step {step}: {what} is {value}: training diverged; lower optimizer.learning_rate or raise optimizer.warmup_steps"
+    )]
     Diverged {
         /// The step, from 1.
         step: u64,

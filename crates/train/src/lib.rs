@@ -15,18 +15,25 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
 pub mod data;
 pub mod digest;
 mod error;
+pub mod evaluate;
 mod files;
+pub mod learn;
 pub mod metrics;
+pub mod model_folder;
+pub mod optimizer;
 pub mod plot;
 pub mod progress;
 pub mod recipe;
 pub mod run_folder;
 pub mod schedule;
+pub mod trainer;
 
 pub use error::{Result, TrainError};
 pub use progress::{Event, Progress, Silent};
 pub use recipe::Recipe;
 pub use run_folder::{RunFolder, Start};
+pub use trainer::{Outcome, Trainer};

@@ -9,6 +9,30 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Result, TrainError, files};
 
+/// How one layer's experts were loaded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerLoad {
+    /// Tokens that each expert got, once for each choice.
+    pub counts: Vec<u64>,
+    /// The largest load over the mean, less one: 0 is even (MaxVio, Wang et al. 2024).
+    pub max_violation: f64,
+    /// Entropy of the shares over its largest value: 1 is even.
+    pub entropy: f64,
+    /// Experts that got nothing.
+    pub dead_experts: usize,
+}
+
+impl From<&LoadStatistics> for LayerLoad {
+    fn from(statistics: &LoadStatistics) -> Self {
+        Self {
+            counts: statistics.counts.clone(),
+            max_violation: statistics.max_violation(),
+            entropy: statistics.entropy(),
+            dead_experts: statistics.dead_experts(),
+        }
+    }
+}
+
 /// What one optimiser step gave. Losses are means over the step's tokens, in nats.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
@@ -29,7 +53,7 @@ pub struct StepRecord {
     /// Seconds that this step took.
     pub seconds: f64,
     /// Load of the experts, layer by layer; empty in a dense model.
-    pub load: Vec<LoadStatistics>,
+    pub load: Vec<LayerLoad>,
 }
 
 /// What a validation gave.
@@ -46,7 +70,7 @@ pub struct ValidationRecord {
     /// Tokens looked at.
     pub tokens: u64,
     /// Load of the experts, layer by layer; empty in a dense model.
-    pub load: Vec<LoadStatistics>,
+    pub load: Vec<LayerLoad>,
 }
 
 /// One line of `metrics.jsonl`.

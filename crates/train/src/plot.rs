@@ -60,7 +60,10 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let group = points.len().div_ceil(POINTS).max(1);
     let mean = |points: &[(f64, f64)]| {
         let count = points.len() as f64;
-        (points.iter().map(|point| point.0).sum::<f64>() / count, points.iter().map(|point| point.1).sum::<f64>() / count)
+        (
+            points.iter().map(|point| point.0).sum::<f64>() / count,
+            points.iter().map(|point| point.1).sum::<f64>() / count,
+        )
     };
     points.chunks(group).map(mean).collect()
 }
@@ -91,7 +94,9 @@ fn draw_loss(area: &Area<'_>, steps: &[&StepRecord], validations: &[&ValidationR
     chart
         .draw_series(LineSeries::new(valid.clone(), VALID.stroke_width(2)))?
         .label(match validations.last() {
-            Some(record) => format!("validation, last {:.3} nats, {:.3} bits a byte", record.loss, record.bits_per_byte),
+            Some(record) => {
+                format!("validation, last {:.3} nats, {:.3} bits a byte", record.loss, record.bits_per_byte)
+            }
             None => "validation".to_owned(),
         })
         .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], VALID.stroke_width(2)));
@@ -104,7 +109,7 @@ fn draw_imbalance(area: &Area<'_>, steps: &[&StepRecord]) -> Drawn {
     let line = |layer: usize| {
         let points = steps.iter().filter_map(|step| {
             let load = step.load.get(layer)?;
-            Some((step.step as f64, f64::from(load.max_violation)))
+            Some((step.step as f64, load.max_violation))
         });
         thinned(&points.collect::<Vec<_>>())
     };

@@ -201,7 +201,10 @@ mod tests {
         let (root, run) = folder_with(&[10], &[]);
         std::fs::write(root.path().join("mine.txt"), "x").unwrap();
         let error = run.make_ready(Start::Fresh).unwrap_err().to_string();
-        assert!(error.ends_with("already holds a run (at step 10); use --resume to go on, --force to start anew"), "{error}");
+        assert!(
+            error.ends_with("already holds a run (at step 10); use --resume to go on, --force to start anew"),
+            "{error}"
+        );
         run.make_ready(Start::Force).unwrap();
         assert!(!run.checkpoints().exists() && root.path().join("mine.txt").exists());
         run.make_ready(Start::Fresh).unwrap();

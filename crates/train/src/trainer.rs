@@ -67,7 +67,7 @@ impl Trainer {
         }
         let corpus = Corpus::prepare(&recipe, &folder.data(), progress)?;
         progress.event(&Event::Preparing("making the weights"));
-        let model = Model::new(&learn::model_config(&recipe, &corpus)?, recipe.train.seed)?;
+        let model = Model::new(&learn::model_config(&recipe, corpus.tokenizer.vocab_size()), recipe.train.seed)?;
         let optimizer = Optimizer::new(&recipe.optimizer, &model.params());
         let state = TrainState::new(&recipe, corpus.digest());
         // With a checkpoint before the first step, a run can be resumed whenever it is killed.
@@ -92,7 +92,8 @@ impl Trainer {
             return Err(refuse("the texts have changed since the run began: tokens differ".to_owned()));
         }
         progress.event(&Event::Preparing("loading the checkpoint"));
-        let (model, optimizer) = checkpoint::load(&latest, &state, &recipe)?;
+        let (model, optimizer) =
+            checkpoint::load(&latest, &learn::model_config(&recipe, corpus.tokenizer.vocab_size()), &recipe)?;
         let state = TrainState { recipe: recipe.clone(), ..state };
         Self::assemble(recipe, folder, corpus, model, optimizer, state)
     }
@@ -106,6 +107,7 @@ impl Trainer {
         state: TrainState,
     ) -> Result<Self> {
         let count = count_windows(corpus.train.len(), recipe.train.sequence_length);
+        files::write_whole(&folder.recipe(), recipe.text().as_bytes())?;
         let sampler = WindowSampler::new(recipe.train.seed, count, state.position);
         let log = MetricsLog::open(&folder.metrics(), state.step)?;
         let schedule = Schedule::of(&recipe);
@@ -183,8 +185,6 @@ impl Trainer {
     /// Leaves the sum of the micro-batches' gradients in `self.gradients`; returns their mean losses.
     fn accumulate(&mut self, load: &mut LoadCounts) -> Result<Losses> {
         let train = &self.recipe.train;
-        let settings =
-            learn::Settings { precision: train.precision.into(), checkpoint_activations: train.checkpoint_activations };
         let mut mean = Losses::default();
         self.gradients.clear();
         for micro_batch in 0..train.accumulation {
@@ -192,7 +192,7 @@ impl Trainer {
             let batch = windows(&self.corpus.train, train.sequence_length, numbers);
             let target = if micro_batch == 0 { &mut self.gradients } else { &mut self.addend };
             target.clear();
-            let losses = learn::gradients(&self.model, &batch, train.sequence_length, &settings, target, load)?;
+            let losses = learn::gradients(&self.model, &batch, &self.recipe, target, load)?;
             mean.add(&losses, 1.0 / train.accumulation as f64);
             if micro_batch > 0 {
                 add_gradients(&mut self.gradients, &self.addend, &self.model.params());
@@ -253,11 +253,12 @@ impl Trainer {
     fn export(&self, progress: &mut dyn Progress) -> Result<()> {
         let path = self.folder.model();
         let dtype = self.recipe.train.export_dtype;
-        let best = self.state.best.filter(|best| self.recipe.train.export == Export::Best && best.step != self.state.step);
+        let best =
+            self.state.best.filter(|best| self.recipe.train.export == Export::Best && best.step != self.state.step);
         let step = best.map_or(self.state.step, |best| best.step);
         match best {
             Some(best) => {
-                let model = Model::load(&self.folder.best_model(best.step))?;
+                let model = model_folder::load(&self.folder.best_model(best.step))?;
                 model_folder::save(&path, &model, &self.corpus.tokenizer, dtype)?;
             }
             None => model_folder::save(&path, &self.model, &self.corpus.tokenizer, dtype)?,

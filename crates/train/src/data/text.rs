@@ -100,10 +100,7 @@ mod tests {
     #[test]
     fn offset_of_the_first_bad_byte() {
         let error = utf8(Path::new("book.txt"), b"caf\xc3\xa9 \xe9t".to_vec()).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "book.txt: wanted UTF-8 text, found an invalid byte 0xe9 at byte offset 6"
-        );
+        assert_eq!(error.to_string(), "book.txt: wanted UTF-8 text, found an invalid byte 0xe9 at byte offset 6");
         let cut = utf8(Path::new("book.txt"), b"caf\xc3".to_vec()).unwrap_err();
         assert!(cut.to_string().ends_with("0xc3 at byte offset 3"));
     }

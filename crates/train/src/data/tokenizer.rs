@@ -148,7 +148,8 @@ mod tests {
     use super::*;
 
     fn documents() -> Vec<Document> {
-        let text = "the cat sat on the mat, the dog on the log; then the hen and the men\n  ran: \u{e9}t\u{e9} \u{1f600}\n\n";
+        let text =
+            "the cat sat on the mat, the dog on the log; then the hen and the men\n  ran: \u{e9}t\u{e9} \u{1f600}\n\n";
         (0..3).map(|at| Document { path: PathBuf::from("x"), text: text.repeat(20 + at) }).collect()
     }
 

@@ -75,7 +75,8 @@ fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
         (Some(experts), chosen) => {
             checks.count("model.experts", experts, 2..=4096);
             // With one expert a token its weight is 1 whatever the router says: the router would never learn.
-            let wanted = format!("2 to model.experts = {experts} (with 1, weights that sum to one teach the router nothing)");
+            let wanted =
+                format!("2 to model.experts = {experts} (with 1, weights that sum to one teach the router nothing)");
             let found = chosen.map_or("nothing".to_owned(), |k| k.to_string());
             let fits = chosen.is_some_and(|k| (2..=experts).contains(&k));
             checks.require(fits, "model.experts_per_token", wanted, found);

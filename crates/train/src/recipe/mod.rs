@@ -35,6 +35,9 @@ pub struct Recipe {
     /// The folder that relative paths start from; not part of the file.
     #[serde(skip)]
     folder: PathBuf,
+    /// The file as it was read.
+    #[serde(skip)]
+    text: String,
 }
 
 /// `[model]`. Without `experts` the model is dense (Llama's layout), with it sparse (Mixtral's: the router's softmax
@@ -245,14 +248,8 @@ fn clip_norm() -> f64 {
 
 /// Keys that may change between a run and its resumption: how long, how often, what is kept. A longer or shorter run
 /// stretches the cosine schedule from the resumed step on; every other key would make it another run.
-const FREE_KEYS: [&str; 6] = [
-    "train.steps",
-    "train.validate_every",
-    "train.save_every",
-    "train.keep",
-    "train.export",
-    "train.export_dtype",
-];
+const FREE_KEYS: [&str; 6] =
+    ["train.steps", "train.validate_every", "train.save_every", "train.keep", "train.export", "train.export_dtype"];
 
 impl Recipe {
     /// Reads and checks a recipe.
@@ -273,10 +270,16 @@ impl Recipe {
         let located = Located::parse(name, text)?;
         let mut recipe: Self = toml::from_str(text).map_err(|error| located.explain(&error))?;
         recipe.folder = folder.to_path_buf();
+        recipe.text = text.to_owned();
         match check::first_violation(&recipe, &located) {
             None => Ok(recipe),
             Some(violation) => Err(located.error(&violation.key, violation.message)),
         }
+    }
+
+    /// The file as it was read, comments and all.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     /// `path` as the recipe means it: relative to the recipe's folder.
@@ -306,7 +309,10 @@ impl Recipe {
         let json = serde_json::to_value(self).expect("a recipe is plain data");
         let sections = json.as_object().into_iter().flatten();
         let pairs = sections.flat_map(|(section, keys)| {
-            keys.as_object().into_iter().flatten().map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
+            keys.as_object()
+                .into_iter()
+                .flatten()
+                .map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
         });
         pairs.collect()
     }

@@ -1,0 +1,127 @@
+//! What training asks of the model: a configuration, a loss, gradients.
+
+use moebius_kernels::gemm::Precision;
+use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig};
+use moebius_moe::{LoadStatistics, Routing};
+use moebius_tensor::{Gradients, Graph};
+
+use crate::data::corpus::Windows;
+use crate::data::tokenizer::END_OF_TEXT_ID;
+use crate::metrics::LayerLoad;
+use crate::{Recipe, Result};
+
+/// Assignments of each layer's experts, summed over batches.
+#[derive(Clone, Debug, Default)]
+pub struct LoadCounts(Vec<LoadStatistics>);
+
+impl LoadCounts {
+    /// Adds what the routers of all sparse layers decided about one batch.
+    fn add(&mut self, routing: &[Routing]) {
+        self.0.resize_with(routing.len(), LoadStatistics::default);
+        self.0.iter_mut().zip(routing).for_each(|(sum, layer)| sum.add(&layer.plan));
+    }
+
+    /// The sums, layer by layer.
+    pub fn statistics(&self) -> Vec<LayerLoad> {
+        self.0.iter().map(LayerLoad::from).collect()
+    }
+}
+
+/// The parts of a training loss, each with its coefficient.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Cross-entropy of the next token.
+    pub cross_entropy: f64,
+    /// Load balancing.
+    pub balance: f64,
+    /// The router's z-loss.
+    pub z: f64,
+}
+
+impl Losses {
+    /// Adds `factor` times `other`.
+    pub fn add(&mut self, other: &Self, factor: f64) {
+        self.cross_entropy += factor * other.cross_entropy;
+        self.balance += factor * other.balance;
+        self.z += factor * other.z;
+    }
+}
+
+/// The configuration that a recipe asks for: Mixtral's family if sparse, Llama's if dense.
+pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
+    let model = &recipe.model;
+    let (family, ffn) = match (model.experts, model.experts_per_token) {
+        (Some(n_experts), Some(top_k)) => {
+            ("mixtral", Ffn::Moe { n_experts, top_k, width: model.ffn, renormalise: true })
+        }
+        _ => ("llama", Ffn::Dense { width: model.ffn }),
+    };
+    ModelConfig {
+        family: family.to_owned(),
+        vocab_size,
+        hidden: model.hidden,
+        n_layers: model.layers,
+        n_heads: model.heads,
+        n_kv_heads: model.kv_heads.unwrap_or(model.heads),
+        head_dim: model.hidden / model.heads,
+        max_positions: model.context,
+        rope_theta: model.rope_theta,
+        rms_eps: model.norm_epsilon,
+        window: None,
+        tie_embeddings: model.tied_embeddings,
+        ffn,
+        router_aux_loss_coef: recipe.balance.load_balancing,
+        bos_token: Some(END_OF_TEXT_ID),
+        eos_tokens: vec![END_OF_TEXT_ID],
+    }
+}
+
+/// Windows of `length` tokens as sequences of a batch; attention does not cross from one to the next.
+fn batch_of(windows: &Windows, length: usize) -> Batch {
+    Batch::of_sequences(&windows.tokens.chunks(length).collect::<Vec<_>>())
+}
+
+/// The mean cross-entropy of `windows`, in nats a token.
+///
+/// # Errors
+/// The model's.
+pub fn measure(
+    model: &Model,
+    windows: &Windows,
+    length: usize,
+    precision: Precision,
+    load: &mut LoadCounts,
+) -> Result<f64> {
+    let graph = Graph::inference(precision);
+    let loss = model.loss(&graph, &batch_of(windows, length), &windows.targets, &LossSettings::default())?;
+    load.add(&loss.routing);
+    Ok(f64::from(loss.cross_entropy))
+}
+
+/// The losses of one micro-batch; adds their gradient to `gradients`.
+///
+/// # Errors
+/// The model's.
+pub fn gradients(
+    model: &Model,
+    windows: &Windows,
+    recipe: &Recipe,
+    gradients: &mut Gradients,
+    load: &mut LoadCounts,
+) -> Result<Losses> {
+    let settings = LossSettings {
+        balance_coefficient: recipe.balance.load_balancing as f32,
+        z_coefficient: recipe.balance.z as f32,
+        recompute: recipe.train.checkpoint_activations,
+    };
+    let graph = Graph::training(recipe.train.precision.into());
+    let batch = batch_of(windows, recipe.train.sequence_length);
+    let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;
+    load.add(&loss.routing);
+    graph.backward(&loss.total, gradients);
+    Ok(Losses {
+        cross_entropy: f64::from(loss.cross_entropy),
+        balance: f64::from(loss.balance) * recipe.balance.load_balancing,
+        z: f64::from(loss.z) * recipe.balance.z,
+    })
+}
