@@ -1,3 +1,50 @@
 //! The `moebius` command: parse, call, print.
+//!
+//! A failure is one line on standard error and exit status 1, wrong usage (clap's part) is 2. A reader that goes away,
+//! as in `moebius run | head`, is no failure.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod arguments;
+mod commands;
+mod display;
+mod models;
+mod output;
+mod record;
+mod token_file;
+
+use std::io::ErrorKind;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use arguments::{Arguments, Command};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match execute(&arguments) {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    if let Some(threads) = arguments.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
+    }
+    match &arguments.command {
+        Command::Run(run) => commands::run::execute(run),
+        Command::Train(train) => commands::train::execute(train),
+        Command::Eval(eval) => commands::eval::execute(eval),
+        Command::Logits(logits) => commands::logits::execute(logits),
+        Command::Check(check) => commands::check::execute(check),
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    kinds.into_iter().any(|cause| cause.kind() == ErrorKind::BrokenPipe)
+}

@@ -55,16 +55,6 @@ pub enum EngineError {
     /// The prompt has no token.
     #[error("the prompt is empty: give at least one character")]
     EmptyPrompt,
-    /// A token that the model does not have.
-    #[error("token {token} at position {position} is outside the model's vocabulary of {vocabulary}")]
-    TokenOutOfVocabulary {
-        /// The id.
-        token: u32,
-        /// Where it stands.
-        position: usize,
-        /// The number of ids the model has.
-        vocabulary: usize,
-    },
     /// The prompt leaves no room.
     #[error("the prompt has {found} tokens, but the model's context holds {context}: shorten it to {} or fewer", context - 1)]
     PromptTooLong {
@@ -85,4 +75,10 @@ pub enum EngineError {
         /// What it holds.
         found: String,
     },
+    /// The model refused: a token that it lacks, a sequence longer than its context.
+    #[error(transparent)]
+    Model(#[from] moebius_model::ModelError),
+    /// A shape that does not fit.
+    #[error(transparent)]
+    Shape(#[from] moebius_tensor::TensorError),
 }

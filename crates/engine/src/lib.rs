@@ -1,15 +1,24 @@
 //! Prompt to text: tokenizer, sampling chain, stop rules, generation.
 //!
 //! Reading order: [`tokenizer`] turns text into ids and ids back into text piece by piece, [`sampler`] turns a row of
-//! logits into the next id, [`stop`] decides which text may be shown, [`generator`] joins them around a model.
+//! logits into the next id, [`stop`] decides which text may be shown, [`session`] is a model in the
+//! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all.
 #![forbid(unsafe_code)]
 
+pub mod defaults;
 pub mod error;
+pub mod generator;
 pub mod sampler;
+pub mod session;
 pub mod stop;
 pub mod tokenizer;
+pub mod trace;
 
+pub use defaults::GenerationDefaults;
 pub use error::EngineError;
+pub use generator::{Event, Finish, GenerationOptions, Generator, Summary, TokenExperts};
 pub use sampler::{Candidate, Sampler, SamplingOptions};
+pub use session::Session;
 pub use stop::{StopRule, Verdict};
 pub use tokenizer::{TextStream, Tokenizer};
+pub use trace::{ExpertTrace, LayerChoice};

@@ -49,20 +49,17 @@ impl Tokenizer {
     /// # Errors
     /// [`EngineError::Tokenize`] with the tokenizer's own words.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, EngineError> {
-        self.encode_with(text, true)
+        let encoding = self.inner.encode_fast(text, true);
+        Ok(encoding.map_err(|error| self.failed("encode the text", &error))?.get_ids().to_vec())
     }
 
-    /// The ids of a text and nothing else: for measuring a text that is one piece of a stream.
+    /// As [`Tokenizer::encode`], with the byte of the text at which each token ends; 0 for a special token.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, EngineError> {
-        self.encode_with(text, false)
-    }
-
-    fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, EngineError> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens);
-        Ok(encoding.map_err(|error| self.failed("encode the text", &error))?.get_ids().to_vec())
+    pub fn encode_with_ends(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>), EngineError> {
+        let encoding = self.inner.encode(text, true).map_err(|error| self.failed("encode the text", &error))?;
+        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().iter().map(|offsets| offsets.1).collect()))
     }
 
     /// The text of ids, special tokens left out; bytes that are no UTF-8 become U+FFFD.
@@ -242,6 +239,7 @@ mod tests {
     fn special_tokens_are_shown_by_name_but_are_no_text() {
         let tokenizer = byte_level();
         assert_eq!(tokenizer.vocabulary(), 257);
+        assert_eq!(tokenizer.encode_with_ends("aé").unwrap(), (vec![0x61, 0xC3, 0xA9], vec![1, 3, 3]));
         assert_eq!(stream_of(&tokenizer, &[104, 256, 105]).concat(), "hi");
         assert_eq!(
             (tokenizer.show(256), tokenizer.show(104), tokenizer.show(9999)),

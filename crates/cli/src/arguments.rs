@@ -1,0 +1,248 @@
+//! The command line: every flag stands here, with the help that a user reads.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  moebius run \"Once upon a\"                       write on with the model inside this binary
+  moebius train recipes/tiny.toml --out runs/tiny  train a model in minutes
+  moebius run --model runs/tiny/model \"The sea\"    and run it
+  moebius eval --model runs/tiny/model --text FILE measure it
+
+`moebius COMMAND --help` explains each command. A failure prints one line and exits with 1, wrong usage with 2.";
+
+/// Train and run sparse Mixture-of-Experts language models.
+#[derive(Debug, Parser)]
+#[command(name = "moebius", version, after_help = EXAMPLES, max_term_width = 120)]
+pub struct Arguments {
+    /// Threads to compute with [default: one a core]. The results do not depend on it.
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write on from a prompt
+    Run(RunArguments),
+    /// Train a model by a recipe
+    Train(TrainArguments),
+    /// Measure loss, perplexity and bits a byte on a text
+    Eval(EvalArguments),
+    /// Write the logits of given tokens to a file
+    Logits(LogitsArguments),
+    /// Compare with golden folders: logits, routing, greedy tokens, losses, gradients
+    Check(CheckArguments),
+}
+
+/// The precision of matrix products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// Everything in 32 bits.
+    F32,
+    /// Operands of matrix products rounded to bfloat16, sums in 32 bits: about twice as fast.
+    Bf16,
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  moebius run \"Once upon a\"
+  moebius run --temperature 0 --max-tokens 40 \"In the beginning\"
+  echo \"The old man\" | moebius run --stop . --stop !
+  moebius run --model runs/tiny/model --show-experts \"The sea\"
+
+The text goes to standard output (on a terminal with the prompt before it), a line of figures to standard error.
+A sampling option that is not given is taken from the model's generation_config.json, or else from the default.";
+
+/// `moebius run`.
+#[derive(Debug, Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub struct RunArguments {
+    /// The beginning of the text; absent or `-`: read from standard input, less one newline at its end
+    pub prompt: Option<String>,
+
+    /// A folder in Hugging Face's layout [default: the model inside this binary]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// Divides the logits: 0 always takes the likeliest token, above 1 is bolder [default: 0.8]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+
+    /// Choose among the K likeliest tokens, 0 for all [default: 0]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+
+    /// Choose among the fewest tokens that together have probability P [default: 0.95]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+
+    /// Drop tokens less than P times as likely as the likeliest [default: 0]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+
+    /// Weaken tokens that have occurred, above 1 [default: 1]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+
+    /// The same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// Stop after N tokens, at the latest when the model's context is full
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub max_tokens: usize,
+
+    /// Stop before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+
+    /// Precision of matrix products
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    pub dtype: Dtype,
+
+    /// Print a line for each token (`>` marks the prompt): the experts that each layer chose for it, heaviest first
+    #[arg(long)]
+    pub show_experts: bool,
+}
+
+const TRAIN_EXAMPLES: &str = "\
+Examples:
+  moebius train recipes/tiny.toml --out runs/tiny
+  moebius train recipes/tiny.toml --out runs/tiny --resume   go on from the last checkpoint
+
+DIR gets checkpoints/step-N/, metrics.jsonl, plot.svg and at the end model/, a folder in Hugging Face's layout.
+Ctrl-C ends with a checkpoint, a second ctrl-C at once. A resumed run gives the same bits as an unbroken one.";
+
+/// `moebius train`.
+#[derive(Debug, Args)]
+#[command(after_help = TRAIN_EXAMPLES)]
+pub struct TrainArguments {
+    /// The recipe, a TOML file
+    pub recipe: PathBuf,
+
+    /// The folder for everything that the run writes
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Go on from the last checkpoint in DIR
+    #[arg(long, conflicts_with = "force")]
+    pub resume: bool,
+
+    /// Begin anew where DIR holds a run already, which is deleted
+    #[arg(long)]
+    pub force: bool,
+}
+
+const EVAL_EXAMPLES: &str = "\
+Examples:
+  moebius eval --text book.txt
+  moebius eval --model runs/tiny/model --text book.txt --json
+
+The text is read in windows of C tokens, each S tokens after the last. A window scores the tokens that no earlier one
+has scored, so every token but the first is scored once, with at least C - S tokens before it (where the text has them).
+Bits a byte: the scored loss in bits over the bytes of the scored tokens; comparable between tokenizers.";
+
+/// `moebius eval`.
+#[derive(Debug, Args)]
+#[command(after_help = EVAL_EXAMPLES)]
+pub struct EvalArguments {
+    /// A folder in Hugging Face's layout [default: the model inside this binary]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// The text, a file in UTF-8
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+
+    /// Tokens in a window [default: the model's context, at most 4096]
+    #[arg(long, value_name = "C")]
+    pub context: Option<NonZeroUsize>,
+
+    /// Tokens from one window to the next [default: half a window]
+    #[arg(long, value_name = "S")]
+    pub stride: Option<NonZeroUsize>,
+
+    /// Precision of matrix products
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    pub dtype: Dtype,
+
+    /// Print one JSON object instead of lines
+    #[arg(long)]
+    pub json: bool,
+}
+
+const LOGITS_EXAMPLES: &str = "\
+Example:
+  moebius logits --model DIR --tokens batch.safetensors --key input_ids --out logits.safetensors --routing
+
+Writes `logits` [batch, sequence, vocab] in f32; with --routing, for each MoE layer L, `router_logits.L`
+[batch * sequence, experts], `topk_index.L` (i64) and `topk_weight.L` [batch * sequence, k], heaviest first.";
+
+/// `moebius logits`.
+#[derive(Debug, Args)]
+#[command(after_help = LOGITS_EXAMPLES)]
+pub struct LogitsArguments {
+    /// A folder in Hugging Face's layout [default: the model inside this binary]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// A safetensors file with token ids
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+
+    /// The tensor in it: [batch, sequence] of i64, i32 or u32
+    #[arg(long, value_name = "NAME")]
+    pub key: String,
+
+    /// The safetensors file to write: whole or not at all
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+
+    /// Precision of matrix products
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    pub dtype: Dtype,
+
+    /// Write also what the routers computed
+    #[arg(long)]
+    pub routing: bool,
+}
+
+const CHECK_EXAMPLES: &str = "\
+Example:
+  moebius check golden/mixtral
+
+A golden folder holds a model and what it must give: expected.safetensors, and where they exist grads.safetensors
+(gradients of the loss) and aux.json (balance loss). Everything is computed in f32. Exit status 0 only if every quantity
+of every folder is within the tolerance.";
+
+/// `moebius check`.
+#[derive(Debug, Args)]
+#[command(after_help = CHECK_EXAMPLES)]
+pub struct CheckArguments {
+    /// Golden folders
+    #[arg(required = true, value_name = "DIR")]
+    pub folders: Vec<PathBuf>,
+
+    /// The largest absolute difference allowed
+    #[arg(long, value_name = "X", default_value_t = 1e-4)]
+    pub tolerance: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Arguments::command().debug_assert();
+    }
+}

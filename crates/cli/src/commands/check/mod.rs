@@ -1,0 +1,59 @@
+//! `moebius check`: a model against what it must give.
+//!
+//! A golden folder holds a model, `expected.safetensors` and, where they exist, `grads.safetensors` and `aux.json`. Each
+//! case of `expected.safetensors` (`a`, `b`) has `X.input_ids [batch, sequence]` and what a reference computed from them.
+//! Everything is computed in f32; the order of experts inside a row means nothing.
+
+mod backward;
+mod forward;
+mod golden;
+mod report;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use crate::arguments::CheckArguments;
+use crate::models::Source;
+use crate::output;
+use golden::Golden;
+use report::Report;
+
+/// Runs the command: every folder is looked at, whatever the others gave.
+///
+/// # Errors
+/// Only an output that cannot be written; a folder that cannot be checked is reported and makes the status 1.
+pub fn execute(arguments: &CheckArguments) -> anyhow::Result<ExitCode> {
+    let mut within = true;
+    for folder in &arguments.folders {
+        match check(folder, arguments.tolerance) {
+            Ok(report) => {
+                within &= report.within();
+                let verdict = if report.within() { "within" } else { "OUTSIDE" };
+                output::print(&format!(
+                    "{}: {verdict} {:e}\n{}",
+                    folder.display(),
+                    arguments.tolerance,
+                    report.text()
+                ))?;
+            }
+            Err(error) => {
+                within = false;
+                output::complain(&error);
+            }
+        }
+    }
+    Ok(if within { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn check(folder: &Path, tolerance: f64) -> anyhow::Result<Report> {
+    let model = Source::new(Some(folder)).model()?;
+    let golden = Golden::open(folder)?;
+    let mut report = Report::new(tolerance);
+    for case in golden.cases(model.config.vocab_size)? {
+        forward::check(&model, &golden, &case, &mut report)?;
+        if case.name == "a" {
+            backward::check(&model, &golden, &case, &mut report)?;
+        }
+    }
+    Ok(report)
+}

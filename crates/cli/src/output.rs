@@ -1,0 +1,88 @@
+//! What reaches the user: standard output, colours, numbers, the one line of an error.
+
+use std::io::{IsTerminal, Write};
+
+use anyhow::Context;
+
+/// Writes to standard output at once, so that text streams.
+///
+/// # Errors
+/// The reason, under the name "standard output".
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("standard output")
+}
+
+/// Writes a line to standard error; nobody is left to hear of it if that fails.
+pub fn note(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// The one line of a failure.
+pub fn complain(error: &anyhow::Error) {
+    note(&format!("error: {}", one_line(&format!("{error:#}"))));
+}
+
+/// Messages of libraries may have several lines.
+fn one_line(message: &str) -> String {
+    message.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// Whether standard output is a terminal that wants colours (<https://no-color.org>).
+pub fn colours() -> bool {
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
+    std::io::stdout().is_terminal() && !unwanted && !dumb
+}
+
+/// A count as people read it: 812, 5.3 k, 1.24 M, 7.0 B.
+pub fn count(number: usize) -> String {
+    let number = number as f64;
+    let (scaled, unit) = match number {
+        n if n >= 1e9 => (n / 1e9, " B"),
+        n if n >= 1e6 => (n / 1e6, " M"),
+        n if n >= 1e4 => (n / 1e3, " k"),
+        n => return format!("{n}"),
+    };
+    let decimals = if scaled >= 100.0 {
+        0
+    } else if scaled >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{scaled:.decimals$}{unit}")
+}
+
+/// Bytes as text.
+///
+/// # Errors
+/// The first byte that is no UTF-8, and where it stands.
+pub fn utf8(bytes: Vec<u8>) -> anyhow::Result<String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow::anyhow!("wanted text in UTF-8, found byte 0x{:02x} at offset {at}", error.as_bytes()[at])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_short() {
+        let shown: Vec<String> = [0, 812, 9999, 12_345, 1_236_000, 46_700_000_000].into_iter().map(count).collect();
+        assert_eq!(shown, ["0", "812", "9999", "12.3 k", "1.24 M", "46.7 B"]);
+    }
+
+    #[test]
+    fn what_is_no_text_is_placed() {
+        let message = utf8(b"abc\xff\xfe".to_vec()).unwrap_err().to_string();
+        assert_eq!(message, "wanted text in UTF-8, found byte 0xff at offset 3");
+    }
+
+    #[test]
+    fn an_error_has_one_line() {
+        assert_eq!(one_line("a: b\n  | here\r\n\n c"), "a: b | here c");
+    }
+}
