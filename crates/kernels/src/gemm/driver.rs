@@ -12,8 +12,10 @@ use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::{self, DisjointMut};
 
-/// Products of fewer multiplications than this run on one thread: waking another takes longer.
+/// Less work than this runs on one thread: waking another takes longer.
 const SERIAL_WORK: usize = 1 << 20;
+/// With fewer rows than this a product takes as long as reading B takes.
+const READING_ROWS: usize = 6;
 /// Tasks a thread, so that a thread that is held up does not keep the others waiting.
 const TASKS_PER_THREAD: usize = 4;
 /// Rows that are packed at once; they stay in the second cache together with `CACHED_PANELS`.
@@ -30,8 +32,9 @@ pub(super) struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// The time it takes, in multiplications.
     fn work(&self) -> usize {
-        self.a.rows * self.b.n() * self.b.k()
+        self.a.rows.max(READING_ROWS) * self.b.n() * self.b.k()
     }
 }
 

@@ -3,7 +3,7 @@
 //! Legend: `m` rows, `n` columns, `k` the length of the sums; `groups` experts, whose rows follow each other.
 //!
 //! The right operand is packed into panels ([`Packed`]) and the left one into blocks of rows as it is used; a kernel
-//! of the instruction set multiplies a block of rows with some panels ([`kernels`]); [`driver`] cuts the whole for
+//! of the instruction set multiplies a block of rows with some panels (`kernels`); `driver` cuts the whole for
 //! threads and caches. An element of the result is one sum along K in an order that depends on K, the precision and
 //! the instruction set alone: never on the other rows, the groups, or the threads.
 

@@ -61,15 +61,17 @@ pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words:
     let panels = columns.count.div_ceil(LANES);
     // SAFETY: the caller's promise.
     let out = unsafe { std::slice::from_raw_parts_mut(out, panels * panel_words) };
-    for panel in 0..panels {
-        for k_block in 0..panel_words / BLOCK_WORDS {
-            let mut block = load_block::<BF16>(columns, panel * LANES, k_block * block_k);
-            if columns.k_stride == 1 {
-                transpose(&mut block);
-            }
-            let place = panel * panel_words + k_block * BLOCK_WORDS;
-            out[place..place + BLOCK_WORDS].copy_from_slice(block.as_flattened());
+    // In the order of the source, along its stride of 1.
+    let k_blocks = panel_words / BLOCK_WORDS;
+    let along_k = columns.k_stride == 1;
+    for i in 0..panels * k_blocks {
+        let (panel, k_block) = if along_k { (i / k_blocks, i % k_blocks) } else { (i % panels, i / panels) };
+        let mut block = load_block::<BF16>(columns, panel * LANES, k_block * block_k);
+        if along_k {
+            transpose(&mut block);
         }
+        let place = panel * panel_words + k_block * BLOCK_WORDS;
+        out[place..place + BLOCK_WORDS].copy_from_slice(block.as_flattened());
     }
 }
 

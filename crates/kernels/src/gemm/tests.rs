@@ -212,6 +212,28 @@ fn the_packed_layout_is_the_same_on_every_instruction_set() {
 }
 
 #[test]
+fn rounding_is_to_the_nearest_on_every_instruction_set() {
+    // Ties to either side, just above a tie, the largest numbers, infinities, signed zeros, a NaN.
+    let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x7f7f_7fff, 0x7f7f_ffff, 0xff80_0000, 0x8000_0000];
+    let nan = 0x7f80_0001;
+    let source: Vec<f32> =
+        (0..64 * 16).map(|i| f32::from_bits(*ties.iter().chain([&nan]).nth(i % 8).unwrap())).collect();
+    for b in [Mat::new(&source, 64, 16), Mat::new(&source, 16, 64).t()] {
+        on_every_isa(|isa| {
+            let packed = Packed::pack(Precision::Bf16, b);
+            for (place, &word) in packed.words().iter().enumerate() {
+                let (k, column) = (place / 16 * 2, place % 16);
+                for (k, found) in [(k, word << 16), (k + 1, word & 0xffff_0000)] {
+                    let wanted = bf16::from_f32(b.at(k, column)).to_f32();
+                    let found = f32::from_bits(found);
+                    assert!(found.to_bits() == wanted.to_bits() || found.is_nan() && wanted.is_nan(), "{isa} {wanted}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
 fn views_point_where_they_say() {
     let data = values(100, 14);
     let whole = Mat::new(&data, 10, 10);
