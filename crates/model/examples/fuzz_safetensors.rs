@@ -1,0 +1,238 @@
+//! Sends generated hostile inputs through everything of this crate that reads outside bytes, and counts what came of them:
+//!
+//!     cargo run --release -p moebius-model --example fuzz_safetensors -- [INPUTS] [SEED]
+//!
+//! Half of the inputs are safetensors files, most of the rest configurations, and one in two hundred is a whole model
+//! that is loaded. Each is a sound one damaged in some way. It must be read to the end or refused in one line that names the file;
+//! what is accepted must be consistent. A panic, an empty message or an inconsistency ends with status 1 and the input.
+
+use moebius_model::safetensors::SafetensorsFile;
+use moebius_model::{Checkpoint, Model, ModelError, families};
+use moebius_tensor::Rng;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// Sound configurations, in both spellings.
+const CONFIGS: [&str; 3] = [
+    r#"{"model_type":"mixtral","vocab_size":6,"hidden_size":4,"intermediate_size":2,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":1,"num_local_experts":2,"num_experts_per_tok":2,"max_position_embeddings":16,"rms_norm_eps":1e-5,"hidden_act":"silu","rope_theta":10000.0,"rope_scaling":null,"sliding_window":null,"tie_word_embeddings":true,"eos_token_id":[1,2],"torch_dtype":"float32"}"#,
+    r#"{"model_type":"llama","vocab_size":6,"hidden_size":4,"intermediate_size":2,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":1,"head_dim":2,"max_position_embeddings":16,"rms_norm_eps":1e-5,"hidden_act":"silu","rope_parameters":{"rope_theta":10000.0,"rope_type":"default"},"tie_word_embeddings":true,"bos_token_id":0,"eos_token_id":1,"attention_bias":false,"dtype":"float32"}"#,
+    r#"{"model_type":"mistral","vocab_size":6,"hidden_size":4,"intermediate_size":2,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":1,"head_dim":2,"max_position_embeddings":16,"rms_norm_eps":1e-5,"hidden_act":"silu","rope_theta":10000.0,"sliding_window":null,"tie_word_embeddings":true,"quantization_config":null}"#,
+];
+
+/// Numbers that break careless readers.
+const NUMBERS: [&str; 16] = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "8",
+    "-1",
+    "1.5",
+    "1e9",
+    "65536",
+    "16777216",
+    "4294967296",
+    "9223372036854775808",
+    "18446744073709551615",
+    "18446744073709551616",
+    "1e400",
+];
+
+/// Other values, and pieces of JSON.
+const VALUES: [&str; 12] =
+    ["null", "true", "\"\"", "[]", "{}", "[0,0]", "[[[[", "\"../x\"", "\"F32\"", "\"BF16\"", "\"silu\"", ","];
+
+#[derive(Default)]
+struct Counts {
+    accepted: u64,
+    refused: u64,
+}
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1).map(|text| text.parse::<u64>().expect("a whole number"));
+    let (inputs, seed) = (arguments.next().unwrap_or(1_000_000), arguments.next().unwrap_or(1));
+    let mut rng = Rng::new(seed);
+    let sound: Vec<Vec<u8>> = CONFIGS.iter().map(|config| sound_weights(config.as_bytes())).collect();
+    std::panic::set_hook(Box::new(|_| {}));
+    let begun = Instant::now();
+    let mut counts: [(&str, Counts); 3] =
+        ["safetensors files", "configurations", "whole models"].map(|kind| (kind, Counts::default()));
+    for number in 0..inputs {
+        let family = rng.below(CONFIGS.len());
+        let (mut config, mut weights) = (CONFIGS[family].as_bytes().to_vec(), sound[family].clone());
+        let kind = if number % 200 == 199 { 2 } else { (number % 2) as usize };
+        // In a whole model one or the other is damaged, so that the damage gets past the first reader.
+        if kind == 0 || kind == 2 && rng.below(2) == 0 {
+            damage_weights(&mut weights, &mut rng);
+        } else {
+            damage(&mut config, &mut rng);
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| match kind {
+            0 => read_weights(&weights),
+            1 => read_config(&config),
+            _ => load_model(&config, &weights),
+        }));
+        let problem = match outcome {
+            Ok(Ok(())) => {
+                counts[kind].1.accepted += 1;
+                continue;
+            }
+            Ok(Err(Refusal::Error(error))) => {
+                counts[kind].1.refused += 1;
+                let message = error.to_string();
+                if message.contains(['\n', '\r']) || !message.contains("config") && !message.contains("safetensors") {
+                    format!("an unfit message: {message}")
+                } else {
+                    continue;
+                }
+            }
+            Ok(Err(Refusal::Inconsistent(what))) => format!("accepted although {what}"),
+            Err(panic) => format!("panic: {:?}", panic.downcast_ref::<String>().map_or("?", |text| text)),
+        };
+        println!("input {number} of seed {seed}: {problem}");
+        println!("config: {}\nweights: {}", config.escape_ascii(), weights.escape_ascii());
+        return ExitCode::FAILURE;
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    println!("{inputs} inputs of seed {seed} in {seconds:.1} s: no panic, nothing inconsistent accepted");
+    for (kind, Counts { accepted, refused }) in counts {
+        println!("  {kind:<18} {accepted:>8} accepted {refused:>8} refused");
+    }
+    ExitCode::SUCCESS
+}
+
+enum Refusal {
+    Error(ModelError),
+    Inconsistent(String),
+}
+
+impl From<ModelError> for Refusal {
+    fn from(error: ModelError) -> Self {
+        Self::Error(error)
+    }
+}
+
+fn read_weights(bytes: &[u8]) -> Result<(), Refusal> {
+    let file = SafetensorsFile::from_bytes("model.safetensors", bytes)?;
+    let mut taken = 0;
+    for tensor in file.tensors() {
+        let wanted = tensor.shape.iter().try_fold(tensor.dtype.size(), |product, &n| product.checked_mul(n));
+        if wanted != Some(tensor.bytes.len()) {
+            return Err(Refusal::Inconsistent(format!("{} has {} bytes", tensor.name, tensor.bytes.len())));
+        }
+        taken += tensor.bytes.len();
+        let read = tensor.to_f32().is_ok() || tensor.to_i64().is_ok();
+        let _ = read;
+    }
+    if taken > bytes.len() {
+        return Err(Refusal::Inconsistent(format!("its tensors take {taken} of {} bytes", bytes.len())));
+    }
+    Ok(())
+}
+
+fn read_config(bytes: &[u8]) -> Result<(), Refusal> {
+    let config = families::read_config(bytes, "config.json")?;
+    if let Err((key, message)) = config.validate() {
+        return Err(Refusal::Inconsistent(format!("{key}: {message}")));
+    }
+    let written = families::write_config(&config, "float32").to_string();
+    let again = families::read_config(written.as_bytes(), "config.json (written again)")?;
+    if again != config {
+        return Err(Refusal::Inconsistent(format!("it is written as {written}")));
+    }
+    Ok(())
+}
+
+fn load_model(config: &[u8], weights: &[u8]) -> Result<(), Refusal> {
+    let model = Model::load(&Checkpoint::from_bytes(config, weights)?)?;
+    let elements: usize = model.params().iter().map(|param| param.value().data().len()).sum();
+    if elements * 2 > weights.len() {
+        return Err(Refusal::Inconsistent(format!("{elements} weights came from {} bytes", weights.len())));
+    }
+    Ok(())
+}
+
+/// A sound file of zeros for a configuration.
+fn sound_weights(config: &[u8]) -> Vec<u8> {
+    let config = families::read_config(config, "config.json").expect("a sound configuration");
+    let mut end = 0;
+    let entries: Vec<String> = families::tensors(&config)
+        .iter()
+        .map(|map| {
+            let start = end;
+            end += 4 * map.file_shape.iter().product::<usize>();
+            let (name, shape) = (&map.file_name, &map.file_shape);
+            format!(r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{start},{end}]}}"#)
+        })
+        .collect();
+    let header = format!(r#"{{"__metadata__":{{"format":"pt"}},{}}}"#, entries.join(","));
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.resize(file.len() + end, 0);
+    file
+}
+
+/// Damages the header as text, keeping the length before it honest more often than not, or the file as bytes.
+fn damage_weights(file: &mut Vec<u8>, rng: &mut Rng) {
+    let length = u64::from_le_bytes(file[..8].try_into().expect("8 bytes")) as usize;
+    match rng.below(8) {
+        0 => damage(file, rng),
+        1 => file.truncate(rng.below(file.len())),
+        2 => file[..8].copy_from_slice(&hostile_length(rng).to_le_bytes()),
+        3 => file.extend(std::iter::repeat_n(7, 1 + rng.below(64))),
+        _ => {
+            let mut header = file[8..8 + length].to_vec();
+            damage(&mut header, rng);
+            let honest = if rng.below(8) == 0 { length } else { header.len() };
+            let data = file.split_off(8 + length);
+            *file = (honest as u64).to_le_bytes().to_vec();
+            file.extend(header);
+            file.extend(data);
+        }
+    }
+}
+
+fn hostile_length(rng: &mut Rng) -> u64 {
+    let near = [0, 1, 8, 1 << 20, 100 << 20, 1 << 32, u64::MAX / 2, u64::MAX - 8, u64::MAX];
+    near[rng.below(near.len())].wrapping_add(rng.below(9) as u64)
+}
+
+/// One to three changes of a text of JSON.
+fn damage(text: &mut Vec<u8>, rng: &mut Rng) {
+    for _ in 0..1 + rng.below(3) {
+        if text.is_empty() {
+            return;
+        }
+        let at = rng.below(text.len());
+        match rng.below(8) {
+            0 => text[at] ^= 1 << rng.below(8),
+            1 => text[at] = rng.below(256) as u8,
+            2 => drop(text.drain(at..(at + 1 + rng.below(16)).min(text.len()))),
+            3 => {
+                // Something said twice: a key, a tensor, a bracket.
+                let piece = text[at..(at + 1 + rng.below(80)).min(text.len())].to_vec();
+                let to = rng.below(text.len());
+                text.splice(to..to, piece);
+            }
+            4 => {
+                let value = VALUES[rng.below(VALUES.len())];
+                replace_value(text, at, value);
+            }
+            _ => {
+                let number = NUMBERS[rng.below(NUMBERS.len())];
+                replace_value(text, at, number);
+            }
+        }
+    }
+}
+
+/// Puts `value` in the place of the first number at or after `at`, or of what follows a colon.
+fn replace_value(text: &mut Vec<u8>, at: usize, value: &str) {
+    let Some(start) = (at..text.len()).find(|&i| text[i].is_ascii_digit() || i > 0 && text[i - 1] == b':') else {
+        return;
+    };
+    let end = (start..text.len()).find(|&i| matches!(text[i], b',' | b']' | b'}')).unwrap_or(text.len());
+    text.splice(start..end, value.bytes());
+}

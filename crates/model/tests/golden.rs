@@ -1,0 +1,204 @@
+//! Tiny models against what transformers computes (tests/fixtures/make.py made them): forward, routing, loss, gradients.
+
+use moebius_kernels::gemm::Precision;
+use moebius_model::safetensors::SafetensorsFile;
+use moebius_model::{Batch, Checkpoint, KvCache, LossSettings, Model, Observer, Silent, named_tensors};
+use moebius_moe::{Routing, load_balancing_loss};
+use moebius_tensor::{Gradients, Graph, Tensor, Var};
+use std::path::{Path, PathBuf};
+
+const TOLERANCE: f32 = 1e-4;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+struct Golden {
+    name: &'static str,
+    model: Model,
+    expected: SafetensorsFile<'static>,
+    sequences: Vec<Vec<u32>>,
+}
+
+fn goldens() -> Vec<Golden> {
+    let open = |name| {
+        let model = Model::load(&Checkpoint::open(&folder(name)).unwrap()).unwrap();
+        let expected = SafetensorsFile::open(&folder(name).join("expected.safetensors")).unwrap();
+        let ids = expected.tensor("input_ids").unwrap();
+        let tokens: Vec<u32> = ids.to_i64().unwrap().into_iter().map(|id| id as u32).collect();
+        let sequences = tokens.chunks(ids.shape[1]).map(<[u32]>::to_vec).collect();
+        Golden { name, model, expected, sequences }
+    };
+    ["mixtral", "mixtral_window_tied", "llama"].map(open).into()
+}
+
+impl Golden {
+    fn close(&self, what: &str, found: &[f32]) {
+        let wanted = self.expected.tensor(what).unwrap().to_f32().unwrap();
+        assert_eq!(wanted.len(), found.len(), "{}: {what}", self.name);
+        for (i, (wanted, found)) in wanted.iter().zip(found).enumerate() {
+            assert!((wanted - found).abs() < TOLERANCE, "{}: {what}[{i}]: wanted {wanted}, found {found}", self.name);
+        }
+    }
+
+    fn targets(&self) -> Vec<u32> {
+        self.sequences.iter().flat_map(|row| row[1..].iter().copied().chain([u32::MAX])).collect()
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    hidden: Vec<Var>,
+    routing: Vec<Routing>,
+}
+
+impl Observer for Seen {
+    fn hidden(&mut self, index: usize, hidden: &Var) {
+        assert_eq!(index, self.hidden.len());
+        self.hidden.push(hidden.clone());
+    }
+
+    fn routing(&mut self, _: usize, routing: &Routing) {
+        self.routing.push(routing.clone());
+    }
+}
+
+#[test]
+fn forward_and_routing() {
+    for golden in goldens() {
+        let g = Graph::inference(Precision::F32);
+        let mut seen = Seen::default();
+        let hidden = golden.model.forward(&g, &Batch::of_sequences(&golden.sequences), None, &mut seen).unwrap();
+        golden.close("logits", golden.model.logits(&g, &hidden).data());
+        for (i, hidden) in seen.hidden.iter().enumerate() {
+            golden.close(&format!("hidden.{i}"), hidden.data());
+        }
+        for (layer, routing) in seen.routing.iter().enumerate() {
+            golden.close(&format!("router_logits.{layer}"), routing.logits.data());
+            golden.close(&format!("topk_weight.{layer}"), routing.topk_weight.data());
+            let index = golden.expected.tensor(&format!("topk_index.{layer}")).unwrap().to_i64().unwrap();
+            assert!(index.iter().copied().eq(routing.topk_index.iter().map(|&e| i64::from(e))), "{}", golden.name);
+        }
+        if !seen.routing.is_empty() {
+            let layers: Vec<&Routing> = seen.routing.iter().collect();
+            golden.close("aux_loss", load_balancing_loss(&g, &layers).data());
+        }
+    }
+}
+
+#[test]
+fn loss_and_every_gradient_with_and_without_recomputation() {
+    for golden in goldens() {
+        let batch = Batch::of_sequences(&golden.sequences);
+        let gradients = [false, true].map(|recompute| {
+            let (g, mut gradients) = (Graph::training(Precision::F32), Gradients::new());
+            let settings = LossSettings { recompute, ..Default::default() };
+            let loss = golden.model.loss(&g, &batch, &golden.targets(), &settings).unwrap();
+            golden.close("loss", loss.total.data());
+            g.backward(&loss.total, &mut gradients);
+            gradients
+        });
+        let named = |i: usize| named_tensors(&golden.model, |param| gradients[i].get(param.id()));
+        assert_eq!(named(0).len(), golden.model_tensors(), "{}: a gradient for each tensor", golden.name);
+        for (kept, again) in named(0).iter().zip(named(1)) {
+            golden.close(&format!("grad.{}", kept.name), kept.data);
+            assert_eq!(kept.data, again.data, "{}: {} recomputed", golden.name, kept.name);
+        }
+    }
+}
+
+impl Golden {
+    fn model_tensors(&self) -> usize {
+        self.expected.tensors().filter(|tensor| tensor.name.starts_with("grad.")).count()
+    }
+}
+
+#[test]
+fn recomputation_carries_the_routing_losses() {
+    let golden = &goldens()[0];
+    let batch = Batch::of_sequences(&golden.sequences);
+    let gradients = [false, true].map(|recompute| {
+        let (g, mut gradients) = (Graph::training(Precision::Bf16), Gradients::new());
+        let settings = LossSettings { balance_coefficient: 0.5, z_coefficient: 0.25, recompute };
+        let loss = golden.model.loss(&g, &batch, &golden.targets(), &settings).unwrap();
+        g.backward(&loss.total, &mut gradients);
+        (loss.total.data()[0], gradients)
+    });
+    assert_eq!(gradients[0].0, gradients[1].0);
+    for param in golden.model.params() {
+        let [kept, again] = [0, 1].map(|i| gradients[i].1.get(param.id()).unwrap());
+        let close = kept.iter().zip(again).all(|(a, b)| (a - b).abs() <= 1e-6 * (1.0 + a.abs()));
+        assert!(close, "{}", param.name());
+    }
+}
+
+/// The logits of every position of a sequence, read in the pieces given.
+fn logits_in_pieces(model: &Model, precision: Precision, tokens: &[u32], pieces: &[usize]) -> Vec<f32> {
+    let (g, mut cache, mut all) = (Graph::inference(precision), KvCache::new(&model.config), Vec::new());
+    let mut first = 0;
+    for &piece in pieces {
+        let batch = Batch::continuing(&tokens[first..first + piece], first);
+        let hidden = model.forward(&g, &batch, Some(&mut cache), &mut Silent).unwrap();
+        all.extend_from_slice(model.logits(&g, &hidden).data());
+        first += piece;
+    }
+    assert_eq!(first, tokens.len());
+    all
+}
+
+#[test]
+fn a_tokens_logits_are_the_same_bits_in_any_company() {
+    for golden in goldens() {
+        let (model, vocab) = (&golden.model, golden.model.config.vocab_size);
+        let tokens: Vec<u32> = (0..41).map(|i| (i * 29 % vocab) as u32).collect();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let whole = |sequences: &[&[u32]]| {
+                let g = Graph::inference(precision);
+                let hidden = model.forward(&g, &Batch::of_sequences(sequences), None, &mut Silent).unwrap();
+                model.logits(&g, &hidden).data().to_vec()
+            };
+            let wanted = whole(&[&tokens]);
+            for pieces in [&[41][..], &[1; 41], &[7, 1, 20, 13], &[40, 1]] {
+                assert!(logits_in_pieces(model, precision, &tokens, pieces) == wanted, "{} {pieces:?}", golden.name);
+            }
+            let among = whole(&[&tokens[5..9], &tokens, &tokens[..1]]);
+            assert!(among[4 * vocab..][..41 * vocab] == wanted, "{} among others", golden.name);
+            for threads in 1..=3 {
+                let pool = moebius_testkit::threads(threads);
+                assert!(pool.install(|| whole(&[&tokens])) == wanted, "{} {threads} threads", golden.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_text_with_and_without_cache() {
+    for golden in goldens() {
+        let wanted = golden.expected.tensor("greedy").unwrap().to_i64().unwrap();
+        let vocab = golden.model.config.vocab_size;
+        for cached in [true, false] {
+            let mut tokens = golden.sequences[0].clone();
+            for _ in 0..wanted.len() {
+                let pieces = if cached { vec![1; tokens.len()] } else { vec![tokens.len()] };
+                let logits = logits_in_pieces(&golden.model, Precision::F32, &tokens, &pieces);
+                let last = &logits[logits.len() - vocab..];
+                tokens.push(moebius_kernels::select::argmax(last).unwrap() as u32);
+            }
+            let found = tokens[golden.sequences[0].len()..].iter().map(|&token| i64::from(token));
+            assert!(found.eq(wanted.iter().copied()), "{}", golden.name);
+        }
+    }
+}
+
+#[test]
+fn inputs_that_the_model_lacks_are_errors() {
+    let model = &goldens()[0].model;
+    let forward = |batch: &Batch| {
+        model.forward(&Graph::inference(Precision::F32), batch, None, &mut Silent).err().unwrap().to_string()
+    };
+    assert_eq!(forward(&Batch::of_sequences(&[[1, 48]])), "token 48 at position 1: the vocabulary has 48 tokens");
+    assert_eq!(forward(&Batch::of_sequences(&[[1; 65]])), "a sequence of 65 tokens: the model's context has 64");
+    let empty = Batch::of_sequences::<[u32; 0]>(&[]);
+    let hidden = model.forward(&Graph::inference(Precision::F32), &empty, None, &mut Silent).unwrap();
+    assert_eq!(hidden.value(), &Tensor::zeros(&[0, 16]));
+}
