@@ -6,7 +6,7 @@ use moebius_kernels::attention::{AttentionShape, attention_cached};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::rope::RopeTable;
 use moebius_tensor::{Graph, Param, Tensor, Var, ops};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// One layer's attention.
 #[derive(Debug)]
@@ -25,7 +25,32 @@ pub(crate) struct Attention {
 #[derive(Debug)]
 pub(crate) struct AttentionPlan {
     shape: AttentionShape,
-    rope: Arc<RopeTable>,
+    rope: RotaryAngles,
+}
+
+/// The rotations of as many positions as were asked for so far: a context may be of millions.
+#[derive(Debug)]
+struct RotaryAngles {
+    theta: f64,
+    head_dim: usize,
+    table: Mutex<Arc<RopeTable>>,
+}
+
+impl RotaryAngles {
+    fn new(config: &ModelConfig) -> Self {
+        let (theta, head_dim) = (config.rope_theta, config.head_dim);
+        Self { theta, head_dim, table: Mutex::new(Arc::new(RopeTable::new(theta, head_dim, 0))) }
+    }
+
+    /// A table that holds `positions` positions. Each row is the same in a table of any length.
+    fn covering(&self, positions: usize) -> Arc<RopeTable> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.positions() < positions {
+            let length = positions.next_power_of_two().max(256);
+            *table = Arc::new(RopeTable::new(self.theta, self.head_dim, length));
+        }
+        table.clone()
+    }
 }
 
 impl AttentionPlan {
@@ -37,8 +62,7 @@ impl AttentionPlan {
             scale: (config.head_dim as f32).powf(-0.5),
             window: config.window,
         };
-        let rope = Arc::new(RopeTable::new(config.rope_theta, config.head_dim, config.max_positions));
-        Self { shape, rope }
+        Self { shape, rope: RotaryAngles::new(config) }
     }
 }
 
@@ -56,7 +80,8 @@ impl Attention {
         cache: Option<&mut LayerCache>,
     ) -> Result<Var, ModelError> {
         let shape = &plan.shape;
-        let rotate = |x: Var, heads| ops::rope(g, &x, heads, shape.head_dim, &batch.positions, &plan.rope);
+        let table = plan.rope.covering(batch.positions.iter().max().map_or(0, |&last| last as usize + 1));
+        let rotate = |x: Var, heads| ops::rope(g, &x, heads, shape.head_dim, &batch.positions, &table);
         let q = rotate(ops::linear(g, x, &self.q)?, shape.n_heads)?;
         let k = rotate(ops::linear(g, x, &self.k)?, shape.n_kv_heads)?;
         let v = ops::linear(g, x, &self.v)?;

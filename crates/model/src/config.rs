@@ -60,6 +60,10 @@ pub enum Ffn {
 
 /// The largest size that any one dimension may ask for: far above published models, far below what overflows.
 const LARGEST: usize = 1 << 24;
+/// The most experts, over all layers: each is three tensors of a checkpoint.
+const MOST_EXPERTS: usize = 1 << 20;
+/// The most weights: sixteen times the largest published model's, times sixteen again.
+const MOST_WEIGHTS: u128 = 1 << 48;
 
 impl ModelConfig {
     /// Looks for contradictions.
@@ -92,13 +96,22 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(("head_dim", format!("wanted an even number, found {}", self.head_dim)));
         }
+        if self.n_layers > 1 << 14 {
+            return Err(("num_hidden_layers", format!("wanted 1 to {}, found {}", 1 << 14, self.n_layers)));
+        }
         if let Ffn::Moe { n_experts, top_k, .. } = self.ffn {
-            if !(1..=1 << 16).contains(&n_experts) {
-                return Err(("num_local_experts", format!("wanted 1 to 65536, found {n_experts}")));
+            let most = (1 << 16).min(MOST_EXPERTS / self.n_layers);
+            if !(1..=most).contains(&n_experts) {
+                return Err(("num_local_experts", format!("wanted 1 to {most}, found {n_experts}")));
             }
             if !(1..=n_experts).contains(&top_k) {
                 return Err(("num_experts_per_tok", format!("wanted 1 to the {n_experts} experts, found {top_k}")));
             }
+        }
+        let weights = self.count_weights();
+        if weights > MOST_WEIGHTS {
+            let message = format!("with the other sizes it asks for {weights} weights, wanted at most {MOST_WEIGHTS}");
+            return Err(("hidden_size", message));
         }
         if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
             return Err(("rope_theta", format!("wanted a number of at least 1, found {}", self.rope_theta)));
@@ -109,13 +122,28 @@ impl ModelConfig {
         if self.window == Some(0) {
             return Err(("sliding_window", "wanted at least 1, or null for none, found 0".into()));
         }
-        for &token in self.bos_token.iter().chain(&self.eos_tokens) {
-            if token as usize >= self.vocab_size {
+        if !(self.router_aux_loss_coef.is_finite() && self.router_aux_loss_coef >= 0.0) {
+            let found = self.router_aux_loss_coef;
+            return Err(("router_aux_loss_coef", format!("wanted a number of at least 0, found {found}")));
+        }
+        for (key, tokens) in [("bos_token_id", self.bos_token.as_slice()), ("eos_token_id", &self.eos_tokens)] {
+            if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.vocab_size) {
                 let message = format!("wanted a token of the vocabulary of {}, found {token}", self.vocab_size);
-                return Err(("eos_token_id or bos_token_id", message));
+                return Err((key, message));
             }
         }
         Ok(())
+    }
+
+    /// The weights of all matrices, which at sizes up to [`LARGEST`] need more than 64 bits.
+    fn count_weights(&self) -> u128 {
+        let wide = |size: usize| size as u128;
+        let heads = 2 * (wide(self.n_heads) + wide(self.n_kv_heads)) * wide(self.head_dim);
+        let ffn = match self.ffn {
+            Ffn::Dense { width } => 3 * wide(width),
+            Ffn::Moe { n_experts, width, .. } => wide(n_experts) * (3 * wide(width) + 1),
+        };
+        wide(self.hidden) * (2 * wide(self.vocab_size) + wide(self.n_layers) * (heads + ffn))
     }
 }
 

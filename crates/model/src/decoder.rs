@@ -4,7 +4,7 @@ use crate::attention::{Attention, AttentionPlan};
 use crate::cache::LayerCache;
 use crate::feed_forward::FeedForward;
 use crate::{Batch, Checkpoint, Ffn, KvCache, ModelConfig, ModelError, Observer};
-use moebius_moe::{ExpertBank, MoeLayer, Routing, TopKRouter};
+use moebius_moe::{ExpertBank, MoeError, MoeLayer, Routing, TopKRouter};
 use moebius_tensor::{Graph, Param, Rng, Tensor, Var, ops};
 
 /// A decoder with its weights.
@@ -184,6 +184,12 @@ impl Model {
         recompute: bool,
     ) -> Result<Var, ModelError> {
         self.check(batch, cache.as_deref())?;
+        if let Ffn::Moe { top_k: 1, renormalise: true, .. } = self.config.ffn
+            && g.is_recording()
+        {
+            // The router says so too, but when layers are recomputed it would say it in the middle of the backward.
+            return Err(MoeError::NoRouterGradient.into());
+        }
         let mut x = ops::embedding(g, &batch.tokens, &self.embedding)?;
         observer.hidden(0, &x);
         for (index, layer) in self.layers.iter().enumerate() {

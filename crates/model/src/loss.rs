@@ -7,7 +7,7 @@ use moebius_tensor::{Graph, Var, ops};
 /// What is added to the cross entropy, and how memory is spent.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LossSettings {
-    /// Weight of the load-balancing loss (pooled over layers).
+    /// Weight of the load-balancing loss (the mean over layers).
     pub balance_coefficient: f32,
     /// Weight of the router's z-loss.
     pub z_coefficient: f32,
@@ -28,6 +28,15 @@ pub struct Loss {
     pub z: f32,
     /// What each MoE layer's router decided.
     pub routing: Vec<Routing>,
+}
+
+/// The mean of the layers' load-balancing losses. Pooled over layers, as transformers reports it, the loss is content
+/// when every layer collapses onto other experts than its neighbours: measured, it let layers send half of all tokens
+/// to one expert.
+fn mean_balance<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
+    let each: Vec<Var> = layers.iter().map(|layer| load_balancing_loss(g, &[layer])).collect();
+    let share = 1.0 / each.len().max(1) as f32;
+    ops::weighted_sum(g, &each.iter().map(|loss| (share, loss)).collect::<Vec<_>>())
 }
 
 #[derive(Default)]
@@ -64,7 +73,7 @@ impl Model {
         let cross_entropy = ops::linear_cross_entropy(g, &hidden, self.head(), targets)?;
         let routing = collected.0;
         let layers: Vec<&Routing> = routing.iter().collect();
-        let (balance, z) = (load_balancing_loss(g, &layers), z_loss(g, &layers));
+        let (balance, z) = (mean_balance(g, &layers), z_loss(g, &layers));
         let mut terms = vec![(1.0, &cross_entropy)];
         for (coefficient, loss) in [(settings.balance_coefficient, &balance), (settings.z_coefficient, &z)] {
             if coefficient != 0.0 {

@@ -138,7 +138,11 @@ fn broken_configurations_are_named() {
         ("num_key_value_heads", json!(3), "`num_key_value_heads`: wanted a divisor of num_attention_heads 2, found 3"),
         ("num_experts_per_tok", json!(4), "`num_experts_per_tok`: wanted 1 to the 3 experts, found 4"),
         ("hidden_act", json!("gelu"), "`hidden_act`: this family is computed for \"silu\" only, found \"gelu\""),
-        ("rope_scaling", json!({"rope_type": "yarn"}), "`rope_type`: this family is computed for \"default\" only"),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn"}),
+            "`rope_scaling.rope_type`: this family is computed for \"default\" only",
+        ),
         ("head_dim", json!(3), "`head_dim`: wanted an even number, found 3"),
         ("eos_token_id", json!([1, 20]), "wanted a token of the vocabulary of 20, found 20"),
         ("sliding_window", json!(0), "`sliding_window`: wanted at least 1"),

@@ -6,21 +6,28 @@ use serde_json::{Map, Value};
 /// The keys of one JSON object.
 pub(crate) struct Keys<'a> {
     file: &'a str,
+    /// The key of the object that these stand in, with a point; empty at the top.
+    place: String,
     map: &'a Map<String, Value>,
 }
 
 impl<'a> Keys<'a> {
     pub(crate) fn new(file: &'a str, map: &'a Map<String, Value>) -> Self {
-        Self { file, map }
+        Self { file, place: String::new(), map }
     }
 
     /// An error about a key.
     pub(crate) fn error(&self, key: &str, message: impl Into<String>) -> ModelError {
-        ModelError::config(self.file, key, message)
+        ModelError::config(self.file, &format!("{}{key}", self.place), message)
     }
 
     fn wrong(&self, key: &str, wanted: &str, found: &Value) -> ModelError {
         self.error(key, format!("wanted {wanted}, found {found}"))
+    }
+
+    /// Whether a key is there, be it null.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
     }
 
     /// A key's value; none if it is absent or null.
@@ -82,7 +89,7 @@ impl<'a> Keys<'a> {
     pub(crate) fn object(&self, key: &str) -> Result<Option<Keys<'a>>, ModelError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Keys { file: self.file, map })),
+            Some(Value::Object(map)) => Ok(Some(Keys { file: self.file, place: format!("{}{key}.", self.place), map })),
             Some(value) => Err(self.wrong(key, "an object", value)),
         }
     }

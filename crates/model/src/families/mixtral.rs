@@ -8,6 +8,14 @@ use serde_json::{Map, Value, json};
 pub(super) const FAMILY: Family =
     Family { name: "mixtral", model_types: &["mixtral"], architecture: "MixtralForCausalLM", read, write, tensors };
 
+const DEFAULTS: shared::Defaults = shared::Defaults {
+    rope_theta: 1e6,
+    rms_eps: 1e-5,
+    max_positions: 4096 * 32,
+    n_kv_heads: Some(8),
+    router_aux_loss_coef: 0.001,
+};
+
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let ffn = Ffn::Moe {
         n_experts: keys.size("num_local_experts")?,
@@ -15,7 +23,7 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
         width: keys.size("intermediate_size")?,
         renormalise: true,
     };
-    shared::read(keys, FAMILY.name, ffn, 1e6)
+    shared::read(keys, FAMILY.name, ffn, keys.optional_size("sliding_window")?, &DEFAULTS)
 }
 
 fn write(config: &ModelConfig) -> Map<String, Value> {

@@ -3,6 +3,7 @@
 
 mod keys;
 mod llama;
+mod mistral;
 mod mixtral;
 mod shared;
 
@@ -40,7 +41,7 @@ pub struct TensorMap {
 
 /// All families, in the order of their names.
 pub fn all() -> &'static [Family] {
-    &[llama::FAMILY, mixtral::FAMILY]
+    &[llama::FAMILY, mistral::FAMILY, mixtral::FAMILY]
 }
 
 /// The family of that name or `model_type`.

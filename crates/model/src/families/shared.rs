@@ -5,11 +5,25 @@ use super::keys::Keys;
 use crate::{Ffn, ModelConfig, ModelError};
 use serde_json::{Map, Value, json};
 
-/// Reads the keys of Llama's kind; `rope_theta` is the family's where none is given.
-pub(super) fn read(keys: &Keys, family: &str, ffn: Ffn, rope_theta: f64) -> Result<ModelConfig, ModelError> {
-    keys.only("hidden_act", json!("silu"))?;
-    keys.only("attention_bias", json!(false))?;
-    keys.only("mlp_bias", json!(false))?;
+/// What transformers takes where a key is absent.
+pub(super) struct Defaults {
+    pub(super) rope_theta: f64,
+    pub(super) rms_eps: f64,
+    pub(super) max_positions: usize,
+    /// As many as query heads if none. That is also what null means, whatever the family.
+    pub(super) n_kv_heads: Option<usize>,
+    pub(super) router_aux_loss_coef: f64,
+}
+
+/// Reads the keys of Llama's kind, `window` read by the family.
+pub(super) fn read(
+    keys: &Keys,
+    family: &str,
+    ffn: Ffn,
+    window: Option<usize>,
+    defaults: &Defaults,
+) -> Result<ModelConfig, ModelError> {
+    refuse_other_arithmetic(keys, window)?;
     let (hidden, n_heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
     let head_dim = match keys.optional_size("head_dim")? {
         Some(head_dim) => head_dim,
@@ -25,18 +39,39 @@ pub(super) fn read(keys: &Keys, family: &str, ffn: Ffn, rope_theta: f64) -> Resu
         hidden,
         n_layers: keys.size("num_hidden_layers")?,
         n_heads,
-        n_kv_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(n_heads),
+        n_kv_heads: match keys.optional_size("num_key_value_heads")? {
+            Some(given) => given,
+            None if keys.has("num_key_value_heads") => n_heads,
+            None => defaults.n_kv_heads.unwrap_or(n_heads),
+        },
         head_dim,
-        max_positions: keys.optional_size("max_position_embeddings")?.unwrap_or(2048),
-        rope_theta: read_rope_theta(keys, rope_theta)?,
-        rms_eps: keys.number("rms_norm_eps", 1e-6)?,
-        window: keys.optional_size("sliding_window")?,
+        max_positions: keys.optional_size("max_position_embeddings")?.unwrap_or(defaults.max_positions),
+        rope_theta: read_rope_theta(keys, defaults.rope_theta)?,
+        rms_eps: keys.number("rms_norm_eps", defaults.rms_eps)?,
+        window,
         tie_embeddings: keys.flag("tie_word_embeddings", false)?,
         ffn,
-        router_aux_loss_coef: keys.number("router_aux_loss_coef", 0.0)?,
+        router_aux_loss_coef: keys.number("router_aux_loss_coef", defaults.router_aux_loss_coef)?,
         bos_token: keys.token_ids("bos_token_id")?.first().copied(),
         eos_tokens: keys.token_ids("eos_token_id")?,
     })
+}
+
+/// Keys that some relative of these models understands and that would change what is computed.
+fn refuse_other_arithmetic(keys: &Keys, window: Option<usize>) -> Result<(), ModelError> {
+    keys.only("hidden_act", json!("silu"))?;
+    for key in ["attention_bias", "mlp_bias", "use_qk_norm"] {
+        keys.only(key, json!(false))?;
+    }
+    for key in ["quantization_config", "clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"] {
+        keys.only(key, Value::Null)?;
+    }
+    let kind = if window.is_some() { "sliding_attention" } else { "full_attention" };
+    match keys.get("layer_types") {
+        None => Ok(()),
+        Some(Value::Array(kinds)) if kinds.iter().all(|found| found == kind) => Ok(()),
+        Some(found) => Err(keys.error("layer_types", format!("wanted `{kind}` in every layer, found {found}"))),
+    }
 }
 
 /// The rotary base in the spelling of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).

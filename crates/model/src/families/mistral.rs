@@ -1,0 +1,36 @@
+//! Mistral (Jiang et al. 2023): Llama with a sliding window.
+
+use super::keys::Keys;
+use super::{Family, llama, shared};
+use crate::{Ffn, ModelConfig, ModelError};
+use serde_json::{Map, Value, json};
+
+pub(super) const FAMILY: Family = Family {
+    name: "mistral",
+    model_types: &["mistral"],
+    architecture: "MistralForCausalLM",
+    read,
+    write,
+    tensors: llama::tensors,
+};
+
+const DEFAULTS: shared::Defaults = shared::Defaults {
+    rope_theta: 1e4,
+    rms_eps: 1e-6,
+    max_positions: 4096 * 32,
+    n_kv_heads: Some(8),
+    router_aux_loss_coef: 0.0,
+};
+
+fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
+    let ffn = Ffn::Dense { width: keys.size("intermediate_size")? };
+    // Null means none; absent means what the first release had.
+    let window = if keys.has("sliding_window") { keys.optional_size("sliding_window")? } else { Some(4096) };
+    shared::read(keys, FAMILY.name, ffn, window, &DEFAULTS)
+}
+
+fn write(config: &ModelConfig) -> Map<String, Value> {
+    let mut map = shared::write(config);
+    map.insert("sliding_window".into(), json!(config.window));
+    map
+}
