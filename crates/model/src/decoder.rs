@@ -36,6 +36,9 @@ pub struct ParameterCount {
     pub active: usize,
 }
 
+/// Gives a weight of the name and shape asked for.
+type Make<'s, T> = dyn FnMut(&str, &[usize]) -> Result<T, ModelError> + 's;
+
 /// Standard deviation of initial weights.
 const INITIAL_DEVIATION: f32 = 0.02;
 
@@ -72,10 +75,7 @@ impl Model {
     }
 
     /// Makes every weight, in the order of their ids, from its name and shape.
-    fn build(
-        config: &ModelConfig,
-        value: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor, ModelError>,
-    ) -> Result<Self, ModelError> {
+    fn build(config: &ModelConfig, value: &mut Make<'_, Tensor>) -> Result<Self, ModelError> {
         config.validate().map_err(|(key, message)| ModelError::config("configuration", key, message))?;
         let mut next_id = 0;
         let mut param = |name: String, shape: &[usize]| -> Result<Param, ModelError> {
@@ -241,10 +241,7 @@ impl Model {
     }
 }
 
-fn build_feed_forward(
-    config: &ModelConfig,
-    param: &mut dyn FnMut(&str, &[usize]) -> Result<Param, ModelError>,
-) -> Result<FeedForward, ModelError> {
+fn build_feed_forward(config: &ModelConfig, param: &mut Make<'_, Param>) -> Result<FeedForward, ModelError> {
     let hidden = config.hidden;
     Ok(match config.ffn {
         Ffn::Dense { width } => FeedForward::Dense {

@@ -6,6 +6,7 @@ use moebius_tensor::{Graph, Param, Var, ops};
 
 /// One network, or several behind a router.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few of them in a model, beside megabytes of weights")]
 pub(crate) enum FeedForward {
     /// gate_up `[2 * width, hidden]` (the gate's rows first), down `[hidden, width]`.
     Dense { gate_up: Param, down: Param },

@@ -121,7 +121,7 @@ pub(super) fn read(file: &str, bytes: &[u8]) -> Result<(usize, Vec<Entry>), Mode
     let data = rest.len() - header.len();
     let mut entries =
         raw.into_iter().map(|(name, entry)| check(file, name, entry, data)).collect::<Result<Vec<_>, _>>()?;
-    entries.sort_by(|a, b| (a.bytes.start, a.bytes.end).cmp(&(b.bytes.start, b.bytes.end)));
+    entries.sort_by_key(|entry| (entry.bytes.start, entry.bytes.end));
     check_together(file, &entries, data)?;
     Ok((8 + header.len(), entries))
 }

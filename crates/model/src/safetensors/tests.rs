@@ -68,7 +68,7 @@ fn lies_are_found() {
 fn what_is_written_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("t.safetensors");
-    let floats = [1.0, -0.0, f32::INFINITY, 1.00390625, 3.3e38, 1e-40];
+    let floats = [1.0, -0.0, f32::INFINITY, 1.003_906_2, 3.3e38, 1e-40];
     let (whole, ids) = ([i64::MIN, 7], [u32::MAX]);
     write_safetensors(
         &path,
