@@ -207,7 +207,8 @@ pub struct OptimizerSection {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalanceSection {
-    /// Coefficient of the load-balancing loss; 0: off.
+    /// Coefficient of the load-balancing loss, a layer's own, mean over layers (about `experts_per_token` when even);
+    /// 0: off.
     #[serde(default)]
     pub load_balancing: f64,
     /// Coefficient of the router's z-loss; 0: off.

@@ -22,7 +22,7 @@ fn invented_text(sentences: usize, mut state: u32) -> String {
             // Two ways to go on, so that the loss has a floor above zero.
             word = (3 * word + 1 + (state >> 30) as usize % 2) % words.len();
         }
-        text.push_str("\n");
+        text.push('\n');
     }
     text
 }
