@@ -7,10 +7,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
 Examples:
-  moebius run \"Once upon a\"                       write on with the model inside this binary
-  moebius train recipes/tiny.toml --out runs/tiny  train a model in minutes
-  moebius run --model runs/tiny/model \"The sea\"    and run it
-  moebius eval --model runs/tiny/model --text FILE measure it
+  moebius run \"Once upon a\"                          write on with the model inside this binary
+  moebius train recipes/tiny.toml --out runs/tiny   train a model in minutes
+  moebius run --model runs/tiny/model \"The sea\"     and run it
+  moebius eval --model runs/tiny/model --text FILE  measure it
 
 `moebius COMMAND --help` explains each command. A failure prints one line and exits with 1, wrong usage with 2.";
 

@@ -19,7 +19,7 @@ const BETWEEN_LINES: Duration = Duration::from_secs(5);
 
 /// Draws the events of a run on standard error.
 pub struct Display {
-    /// On a terminal, once the steps have begun.
+    /// On a terminal: a spinner, then the bar of steps.
     bar: Option<ProgressBar>,
     live: bool,
     facts: Option<RunFacts>,
@@ -56,7 +56,17 @@ impl Display {
         }
     }
 
+    /// What is being prepared is shown while it lasts; in a log the facts that come of it suffice.
+    fn preparing(&mut self, part: &str) {
+        if self.live {
+            let spinner = self.bar.get_or_insert_with(ProgressBar::new_spinner);
+            spinner.enable_steady_tick(Duration::from_millis(100));
+            spinner.set_message(part.to_string());
+        }
+    }
+
     fn started(&mut self, facts: &RunFacts) {
+        self.close();
         let from = if facts.step > 0 { format!(", resumed after step {}", facts.step) } else { String::new() };
         self.line(&format!(
             "model: {} parameters, {} active a token; {} steps of {} tokens{from}",
@@ -106,7 +116,7 @@ impl Display {
 impl Progress for Display {
     fn event(&mut self, event: &Event<'_>) {
         match event {
-            Event::Preparing(part) => self.line(part),
+            Event::Preparing(part) => self.preparing(part),
             Event::Data(facts) => self.line(&data(facts)),
             Event::Started(facts) => self.started(facts),
             Event::Step(record) => self.step(record),

@@ -20,7 +20,18 @@ pub fn note(line: &str) {
 
 /// The one line of a failure.
 pub fn complain(error: &anyhow::Error) {
-    note(&format!("error: {}", one_line(&format!("{error:#}"))));
+    note(&format!("error: {}", one_line(&causes(error))));
+}
+
+/// An error and its causes, each once: many errors repeat their cause in their own text.
+fn causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
+        }
+    }
+    text
 }
 
 /// Messages of libraries may have several lines.
@@ -84,5 +95,7 @@ mod tests {
     #[test]
     fn an_error_has_one_line() {
         assert_eq!(one_line("a: b\n  | here\r\n\n c"), "a: b | here c");
+        let error = anyhow::anyhow!("disk full").context("file: disk full").context("saving");
+        assert_eq!(causes(&error), "saving: file: disk full");
     }
 }

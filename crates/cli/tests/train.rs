@@ -86,7 +86,7 @@ fn a_run_leaves_a_model_that_runs() {
 
 #[test]
 fn a_killed_run_goes_on_to_the_same_bits() {
-    const STEPS: usize = 400;
+    const STEPS: usize = 200;
     let folder = tempfile::tempdir().unwrap();
     let recipe = write_recipe(folder.path(), STEPS);
     let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
@@ -106,7 +106,7 @@ fn a_killed_run_goes_on_to_the_same_bits() {
 
 #[test]
 fn an_interrupted_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits() {
-    const STEPS: usize = 400;
+    const STEPS: usize = 200;
     let folder = tempfile::tempdir().unwrap();
     let recipe = write_recipe(folder.path(), STEPS);
     let (unbroken, broken) = (folder.path().join("unbroken"), folder.path().join("broken"));
@@ -133,7 +133,8 @@ fn what_a_run_cannot_do_is_one_line() {
         let path = folder.path().join("bad.toml");
         std::fs::write(&path, recipe_text).unwrap();
         assert_fails(what, &run(&["train", text(&path), "--out", text(&out)]), parts);
-        assert!(!out.exists(), "{what}: nothing may be written");
+        let files = std::fs::read_dir(&out).map_or(0, Iterator::count);
+        assert_eq!(files, 0, "{what}: nothing may be written");
     };
     fails("unknown key", &good.replace("seed = 7", "seed = 7\nsped = 1"), &["bad.toml:20", "sped"]);
     fails("wrong type", &good.replace("steps = 10", "steps = \"ten\""), &["bad.toml:20", "steps"]);
