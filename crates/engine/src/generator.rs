@@ -263,3 +263,157 @@ impl Run<'_, '_> {
         Ok(ControlFlow::Continue(logits))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::byte_level;
+    use moebius_model::{Ffn, ModelConfig};
+
+    /// A model of the byte tokenizer's 257 tokens with a context of 48.
+    fn model() -> Model {
+        let config = ModelConfig {
+            family: "mixtral".into(),
+            vocab_size: 257,
+            hidden: 32,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: 2,
+            head_dim: 8,
+            max_positions: 48,
+            rope_theta: 1e4,
+            rms_eps: 1e-5,
+            window: None,
+            tie_embeddings: false,
+            ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 24, renormalise: true },
+            router_aux_loss_coef: 0.0,
+            bos_token: None,
+            eos_tokens: vec![],
+        };
+        let mut model = Model::new(&config, 3).unwrap();
+        // Large weights, so that the model has opinions.
+        for param in model.params_mut().into_iter().filter(|param| !param.name().ends_with("norm")) {
+            param.update(|weights| weights.iter_mut().for_each(|weight| *weight *= 12.0));
+        }
+        model
+    }
+
+    fn sampled(seed: u64) -> GenerationOptions {
+        let sampling = SamplingOptions { temperature: 1.0, seed, ..SamplingOptions::greedy() };
+        GenerationOptions { sampling, max_tokens: 30, ..GenerationOptions::default() }
+    }
+
+    fn generate(model: &Model, options: &GenerationOptions) -> (Summary, Vec<Event>) {
+        let mut events = Vec::new();
+        let tokenizer = byte_level();
+        let generator = Generator::new(model, &tokenizer, Precision::F32);
+        let summary = generator.generate("The sea", options, &mut |event| {
+            events.push(event);
+            ControlFlow::Continue(())
+        });
+        (summary.unwrap(), events)
+    }
+
+    fn text_of(events: &[Event]) -> String {
+        let piece = |event: &Event| match event {
+            Event::Text(text) => text.clone(),
+            Event::Experts(_) => String::new(),
+        };
+        events.iter().map(piece).collect()
+    }
+
+    #[test]
+    fn chunks_of_the_prompt_and_traces_change_nothing() {
+        let model = model();
+        let (wanted, events) = generate(&model, &sampled(1));
+        assert_eq!((wanted.prompt_tokens, wanted.tokens.len(), wanted.decode_steps), (7, 30, 29));
+        assert_eq!(wanted.finish, Finish::MaxTokens);
+        for prefill_chunk in [1, 2, 3, 6, 7] {
+            let (summary, _) = generate(&model, &GenerationOptions { prefill_chunk, ..sampled(1) });
+            assert_eq!(summary.tokens, wanted.tokens, "chunks of {prefill_chunk}");
+        }
+        let (traced, traced_events) = generate(&model, &GenerationOptions { trace_experts: true, ..sampled(1) });
+        assert_eq!(traced.tokens, wanted.tokens);
+        assert_eq!(text_of(&traced_events), text_of(&events));
+        assert_ne!(generate(&model, &sampled(2)).0.tokens, wanted.tokens);
+    }
+
+    #[test]
+    fn every_token_is_traced_once_in_order() {
+        let model = model();
+        let options = GenerationOptions { trace_experts: true, prefill_chunk: 3, max_tokens: 5, ..sampled(1) };
+        let (summary, events) = generate(&model, &options);
+        let traced: Vec<&TokenExperts> = events
+            .iter()
+            .filter_map(|event| match event {
+                Event::Experts(experts) => Some(experts),
+                Event::Text(_) => None,
+            })
+            .collect();
+        let tokens = [byte_level().encode("The sea").unwrap(), summary.tokens].concat();
+        assert_eq!(traced.iter().map(|token| token.token).collect::<Vec<_>>(), tokens);
+        assert!(traced.iter().enumerate().all(|(at, token)| token.position == at && token.in_prompt == (at < 7)));
+        for layers in traced.iter().map(|token| &token.layers) {
+            assert_eq!(layers.iter().map(|choice| choice.layer).collect::<Vec<_>>(), [0, 1]);
+            for choice in layers {
+                assert_eq!(choice.experts.len(), 2);
+                assert!(
+                    (choice.weights.iter().sum::<f32>() - 1.0).abs() < 1e-6 && choice.weights[0] >= choice.weights[1]
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_text_ends_where_it_should() {
+        let model = model();
+        let (whole, _) = generate(&model, &sampled(1));
+        // The first occurrence of the tenth token ends the text.
+        let end = whole.tokens[9];
+        let first = whole.tokens.iter().position(|&token| token == end).unwrap();
+        let (ended, events) = generate(&model, &GenerationOptions { end_tokens: vec![end], ..sampled(1) });
+        assert_eq!((ended.tokens.len(), ended.finish), (first + 1, Finish::EndToken(end)));
+        assert!(byte_level().decode(&whole.tokens[..first]).unwrap().starts_with(&text_of(&events)));
+
+        let (full, _) = generate(&model, &GenerationOptions { max_tokens: 1000, ..sampled(1) });
+        assert_eq!((full.tokens.len(), full.finish), (48 - 7, Finish::ContextFull));
+        let (none, events) = generate(&model, &GenerationOptions { max_tokens: 0, ..sampled(1) });
+        assert_eq!((none.tokens.len(), none.finish, events.len()), (0, Finish::MaxTokens, 0));
+    }
+
+    #[test]
+    fn a_stop_text_is_never_shown_and_a_receiver_may_cancel() {
+        let model = model();
+        let (_, events) = generate(&model, &sampled(1));
+        let whole = text_of(&events);
+        let letters: Vec<char> = whole.chars().collect();
+        let stop: String = letters[3..5].iter().collect();
+        let (stopped, events) = generate(&model, &GenerationOptions { stop: vec![stop.clone()], ..sampled(1) });
+        assert_eq!(text_of(&events), whole[..whole.find(&stop).unwrap()]);
+        assert_eq!(stopped.finish, Finish::Stop(stop));
+
+        let tokenizer = byte_level();
+        let generator = Generator::new(&model, &tokenizer, Precision::F32);
+        let cancelled = generator.generate("The sea", &sampled(1), &mut |_| ControlFlow::Break(())).unwrap();
+        assert_eq!(cancelled.finish, Finish::Cancelled);
+    }
+
+    #[test]
+    fn prompts_that_leave_no_room_are_refused() {
+        let (model, tokenizer) = (model(), byte_level());
+        let generator = Generator::new(&model, &tokenizer, Precision::F32);
+        let refuse = |prompt: &str| {
+            generator.generate(prompt, &sampled(1), &mut |_| ControlFlow::Continue(())).unwrap_err().to_string()
+        };
+        assert!(refuse("").contains("the prompt is empty"));
+        assert!(refuse(&"x".repeat(48)).contains("48 tokens, but the model's context holds 48"));
+        let small = Tokenizer::from_bytes(
+            br#"{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"x": 300}, "unk_token": "x"}}"#,
+            "foreign.json",
+        );
+        let error = Generator::new(&model, &small.unwrap(), Precision::F32)
+            .generate("x", &sampled(1), &mut |_| ControlFlow::Continue(()))
+            .unwrap_err();
+        assert!(error.to_string().contains("token 300 at position 0"), "{error}");
+    }
+}

@@ -11,6 +11,8 @@ pub mod generator;
 pub mod sampler;
 pub mod session;
 pub mod stop;
+#[cfg(test)]
+mod testing;
 pub mod tokenizer;
 pub mod trace;
 
