@@ -129,7 +129,7 @@ pub fn gradients(
 ///
 /// transformers counts f and P over all layers together: then every layer may send all to a few experts, as long as the
 /// layers choose different ones, and on small models they do (the fullest expert of `recipes/tiny.toml` stood at 3.9
-/// times the mean, of 4 possible; a layer's own loss keeps it near 1.2).
+/// times the mean, of 4 possible; a layer's own loss brings it to 1.3).
 fn add_balance<'p>(graph: &Graph<'p>, total: Var, routing: &[Routing], coefficient: f64) -> (Var, f64) {
     if coefficient == 0.0 || routing.is_empty() {
         return (total, 0.0);

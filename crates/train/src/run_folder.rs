@@ -133,7 +133,7 @@ impl RunFolder {
                         std::fs::remove_file(part).map_err(TrainError::io("delete", part))?;
                     }
                 }
-                files::create_folder(&self.root)
+                Ok(())
             }
         }
     }

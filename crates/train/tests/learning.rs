@@ -23,6 +23,9 @@ fn the_loss_falls_sparse_and_dense() {
         // From about ln 280 = 5.6 nats; the language's own entropy is below 0.7 nats a word, a token or two.
         let first = &metrics(&workshop.path("run"))[0];
         assert!((first["loss"].as_f64().unwrap() - 280_f64.ln()).abs() < 0.3, "{first}");
+        // An even load has a loss of the number of experts a token, 2, whose coefficient is 0.01.
+        let balance = first["balance_loss"].as_f64().unwrap();
+        assert!(if changes.is_empty() { (0.019..0.03).contains(&balance) } else { balance == 0.0 }, "{first}");
         let best = outcome.best.expect("validated");
         assert!(best.loss < 1.2, "validation loss {} after {} steps", best.loss, best.step);
         for name in

@@ -219,8 +219,6 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(256))]
-
         #[test]
         fn round_trip(tokens in prop::collection::vec(0_u32..70_000, 0..200), wide: bool) {
             let limit = if wide { 70_000 } else { 65_536 };

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use proptest::prelude::*;
+
 use super::*;
 
 const GOOD: &str = "\
@@ -184,4 +186,18 @@ fn json_and_back() {
     let mut back: Recipe = serde_json::from_str(&serde_json::to_string(&recipe).unwrap()).unwrap();
     (back.folder, back.text) = (recipe.folder.clone(), recipe.text.clone());
     assert_eq!(back, recipe);
+}
+
+proptest! {
+    /// Some of a good recipe cut out and something put in its place: a recipe or one line of complaint, never a panic.
+    #[test]
+    fn any_edit(at: prop::sample::Index, cut in 0..30_usize, put in "[a-z0-9=.\\[\\]'\"#{},\\n é-]{0,12}") {
+        let start = at.index(GOOD.len());
+        let end = (start + cut).min(GOOD.len());
+        let text = [&GOOD[..start], &put, &GOOD[end..]].concat();
+        if let Err(error) = parse(&text) {
+            let message = error.to_string();
+            prop_assert!(message.starts_with("recipes/x.toml:") && !message.contains('\n'), "{}", message);
+        }
+    }
 }
