@@ -128,8 +128,9 @@ pub fn gradients(
 /// returns the sum and what was added.
 ///
 /// transformers counts f and P over all layers together: then every layer may send all to a few experts, as long as the
-/// layers choose different ones, and on small models they do (the fullest expert of `recipes/tiny.toml` stood at 3.9
-/// times the mean, of 4 possible; a layer's own loss brings it to 1.3).
+/// layers choose different ones, and small models do: at the last of 1000 steps of `recipes/tiny.toml` the fullest expert
+/// of a layer had 3.5 times the mean (4 is the most possible), with a layer's own loss 1.3 times. The validation loss was
+/// the same within noise (3.398 and 3.404, one seed each).
 fn add_balance<'p>(graph: &Graph<'p>, total: Var, routing: &[Routing], coefficient: f64) -> (Var, f64) {
     if coefficient == 0.0 || routing.is_empty() {
         return (total, 0.0);
