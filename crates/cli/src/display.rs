@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::IsTerminal;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -17,10 +18,30 @@ const RECENT_STEPS: usize = 50;
 /// Plain lines about steps come at most this often.
 const BETWEEN_LINES: Duration = Duration::from_secs(5);
 
+/// The live part of the display, if there is one: a spinner, then the bar of steps. Static, because ctrl-C has
+/// something to say too.
+static LIVE: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+/// Writes a line that stays, above the live part.
+pub fn line(text: &str) {
+    match live_part() {
+        Some(bar) => bar.println(text),
+        None => output::note(text),
+    }
+}
+
+/// A handle to the live part; a clone shares what it shows.
+fn live_part() -> Option<ProgressBar> {
+    LIVE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+}
+
+fn set_live_part(bar: Option<ProgressBar>) {
+    *LIVE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = bar;
+}
+
 /// Draws the events of a run on standard error.
 pub struct Display {
-    /// On a terminal: a spinner, then the bar of steps.
-    bar: Option<ProgressBar>,
+    /// Whether there is a terminal to draw on.
     live: bool,
     facts: Option<RunFacts>,
     validation_loss: Option<f64>,
@@ -32,7 +53,6 @@ impl Display {
     /// A display that suits standard error.
     pub fn new() -> Self {
         Self {
-            bar: None,
             live: std::io::stderr().is_terminal(),
             facts: None,
             validation_loss: None,
@@ -43,32 +63,26 @@ impl Display {
 
     /// Takes the live part away; lines stay.
     pub fn close(&mut self) {
-        if let Some(bar) = self.bar.take() {
+        if let Some(bar) = live_part() {
             bar.finish_and_clear();
         }
-    }
-
-    /// A line that stays, above the live part.
-    fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
-            None => output::note(text),
-        }
+        set_live_part(None);
     }
 
     /// What is being prepared is shown while it lasts; in a log the facts that come of it suffice.
     fn preparing(&mut self, part: &str) {
         if self.live {
-            let spinner = self.bar.get_or_insert_with(ProgressBar::new_spinner);
+            let spinner = live_part().unwrap_or_else(ProgressBar::new_spinner);
             spinner.enable_steady_tick(Duration::from_millis(100));
             spinner.set_message(part.to_string());
+            set_live_part(Some(spinner));
         }
     }
 
     fn started(&mut self, facts: &RunFacts) {
         self.close();
         let from = if facts.step > 0 { format!(", resumed after step {}", facts.step) } else { String::new() };
-        self.line(&format!(
+        line(&format!(
             "model: {} parameters, {} active a token; {} steps of {} tokens{from}",
             count(facts.total_parameters),
             count(facts.active_parameters),
@@ -78,7 +92,7 @@ impl Display {
         self.facts = Some(*facts);
         if self.live {
             let style = ProgressStyle::with_template("{bar:40} step {pos}/{len}\n{msg}").expect("a template");
-            self.bar = Some(ProgressBar::new(facts.steps).with_style(style).with_position(facts.step));
+            set_live_part(Some(ProgressBar::new(facts.steps).with_style(style).with_position(facts.step)));
         }
     }
 
@@ -89,7 +103,7 @@ impl Display {
         }
         let Some(facts) = self.facts else { return };
         let state = self.state(record, &facts);
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = live_part() {
             bar.set_position(record.step);
             bar.set_message(state);
         } else if record.step == facts.steps || self.last_line.is_none_or(|last| last.elapsed() >= BETWEEN_LINES) {
@@ -117,20 +131,20 @@ impl Progress for Display {
     fn event(&mut self, event: &Event<'_>) {
         match event {
             Event::Preparing(part) => self.preparing(part),
-            Event::Data(facts) => self.line(&data(facts)),
+            Event::Data(facts) => line(&data(facts)),
             Event::Started(facts) => self.started(facts),
             Event::Step(record) => self.step(record),
             Event::Validation { record, best } => {
                 self.validation_loss = Some(record.loss);
                 let mark = if *best { ", the best so far" } else { "" };
-                self.line(&format!(
+                line(&format!(
                     "step {}: validation loss {:.4}, {:.4} bits a byte{mark}",
                     record.step, record.loss, record.bits_per_byte
                 ));
             }
-            Event::Saved { step, path } => self.line(&format!("step {step}: saved {}", path.display())),
+            Event::Saved { step, path } => line(&format!("step {step}: saved {}", path.display())),
             Event::Exported { step, path } => {
-                self.line(&format!("the weights of step {step} are the model in {}", path.display()));
+                line(&format!("the weights of step {step} are the model in {}", path.display()));
             }
             _ => {}
         }

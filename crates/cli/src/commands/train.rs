@@ -8,7 +8,7 @@ use moebius_train::trainer::Outcome;
 use moebius_train::{Recipe, Start, Trainer};
 
 use crate::arguments::TrainArguments;
-use crate::display::Display;
+use crate::display::{self, Display};
 use crate::output;
 
 /// Set by ctrl-C; the trainer looks at it between steps.
@@ -56,5 +56,5 @@ fn interrupted() {
     if STOP.swap(true, Ordering::SeqCst) {
         std::process::exit(INTERRUPTED);
     }
-    output::note("\nstopping after this step with a checkpoint; ctrl-C again stops at once without one");
+    display::line("stopping after this step with a checkpoint; ctrl-C again stops at once without one");
 }
