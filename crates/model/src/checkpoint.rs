@@ -1,13 +1,14 @@
 //! Checkpoints: folders in Hugging Face's layout, read whole (one file or shards) and written whole or not at all.
 
 use crate::families::{self, TensorMap};
-use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
-use crate::{Model, ModelConfig, ModelError, atomic_write};
+use crate::files::Staged;
+use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, stage_safetensors};
+use crate::{Model, ModelConfig, ModelError};
 use moebius_kernels::memory::Buffer;
 use moebius_tensor::{Param, Tensor};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -34,14 +35,29 @@ impl Checkpoint<'static> {
         let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
         let config = families::read_config(&bytes, &path.display().to_string())?;
         let index = folder.join(INDEX);
-        let (name, paths) = if folder.join(WEIGHTS).exists() || !index.exists() {
-            (folder.join(WEIGHTS), vec![folder.join(WEIGHTS)])
-        } else {
-            let shards = read_index(&index)?;
-            (index, shards.iter().map(|shard| folder.join(shard)).collect())
-        };
-        let files = paths.iter().map(|path| SafetensorsFile::open(path)).collect::<Result<_, _>>()?;
-        Ok(Self { config, name: name.display().to_string(), files })
+        let weights = folder.join(WEIGHTS);
+        if index.exists() && !weights.exists() {
+            return Self::open_shards(config, folder, &index);
+        }
+        let files = vec![SafetensorsFile::open(&weights)?];
+        Ok(Self { config, name: weights.display().to_string(), files })
+    }
+
+    /// Opens the shards of an index, each of which must hold the tensors that the index says.
+    fn open_shards(config: ModelConfig, folder: &Path, index: &Path) -> Result<Self, ModelError> {
+        let (name, mut files) = (index.display().to_string(), Vec::new());
+        for (shard, tensors) in read_index(index)? {
+            let file = SafetensorsFile::open(&folder.join(shard))?;
+            if let Some(missing) = tensors.iter().find(|tensor| file.get(tensor).is_none()) {
+                return Err(ModelError::tensor(
+                    file.name(),
+                    missing,
+                    format!("missing, although {name} says it is there"),
+                ));
+            }
+            files.push(file);
+        }
+        Ok(Self { config, name, files })
     }
 }
 
@@ -122,12 +138,28 @@ impl<'a> Checkpoint<'a> {
                 return Err(ModelError::tensor(tensor.file, tensor.name, "stands in two shards"));
             }
         }
-        Ok(())
+        self.check_tied_head()
+    }
+
+    /// A tied head that is stored once more must be the embedding: else one of the two is not what its maker wanted.
+    fn check_tied_head(&self) -> Result<(), ModelError> {
+        let find = |name| self.files.iter().find_map(|file| file.get(name));
+        let Some(head) = find("lm_head.weight").filter(|_| self.config.tie_embeddings) else { return Ok(()) };
+        match find("model.embed_tokens.weight") {
+            Some(embedding)
+                if (head.shape, head.dtype, head.bytes) != (embedding.shape, embedding.dtype, embedding.bytes) =>
+            {
+                let message =
+                    "wanted what model.embed_tokens.weight holds, for tie_word_embeddings is true; found other numbers";
+                Err(ModelError::tensor(head.file, head.name, message))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
-/// The shards that an index names, each once.
-fn read_index(path: &Path) -> Result<BTreeSet<String>, ModelError> {
+/// The shards that an index names, each with its tensors.
+fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
     let index: Value =
@@ -135,7 +167,7 @@ fn read_index(path: &Path) -> Result<BTreeSet<String>, ModelError> {
     let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
         return Err(ModelError::config(&name, "weight_map", "wanted an object of tensor names and files"));
     };
-    let mut shards = BTreeSet::new();
+    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (tensor, shard) in map {
         let file = shard.as_str().filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file));
         let Some(file) = file else {
@@ -145,7 +177,7 @@ fn read_index(path: &Path) -> Result<BTreeSet<String>, ModelError> {
                 format!("wanted the name of a file beside the index, found {shard}"),
             ));
         };
-        shards.insert(file.to_string());
+        shards.entry(file.to_string()).or_default().push(tensor.clone());
     }
     Ok(shards)
 }
@@ -198,13 +230,24 @@ pub enum StoredAs {
     Bf16,
 }
 
-/// Writes `config.json`, `generation_config.json` and `model.safetensors` into `folder`, which is made if need be; each
-/// file whole or not at all, the weights first, so that a folder with a configuration is complete.
+/// Writes `config.json`, `generation_config.json` and `model.safetensors` into `folder`, which is made if need be. All
+/// three are on the disk before the first takes its place.
 ///
 /// # Errors
-/// What the system says.
+/// What the system says; what stood in the folder still does then, and nothing else.
 pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(), ModelError> {
+    let is_new = !folder.exists();
     std::fs::create_dir_all(folder).map_err(ModelError::io(folder))?;
+    let staged = stage_model(folder, model, stored_as).inspect_err(|_| {
+        if is_new {
+            // Empty, for what was staged is gone; should that fail, an empty folder harms nobody.
+            let _ = std::fs::remove_dir(folder);
+        }
+    })?;
+    staged.into_iter().try_for_each(Staged::publish)
+}
+
+fn stage_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<[Staged; 3], ModelError> {
     let named = named_tensors(model, |param| Some(param.value().data()));
     let tensors: Vec<TensorToWrite> = (named.into_iter())
         .map(|NamedTensor { name, shape, data }| {
@@ -215,22 +258,24 @@ pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(
             TensorToWrite { name, shape, data }
         })
         .collect();
-    write_safetensors(&folder.join(WEIGHTS), &tensors)?;
+    let weights = stage_safetensors(&folder.join(WEIGHTS), &tensors)?;
     let config = &model.config;
     let generation = json!({
         "bos_token_id": config.bos_token,
         "eos_token_id": families::write_config(config, "")["eos_token_id"],
     });
-    write_json(folder.join("generation_config.json"), &generation)?;
+    let generation = stage_json(&folder.join("generation_config.json"), &generation)?;
     let dtype = match stored_as {
         StoredAs::F32 => "float32",
         StoredAs::Bf16 => "bfloat16",
     };
-    write_json(folder.join(CONFIG), &families::write_config(config, dtype))
+    let config = stage_json(&folder.join(CONFIG), &families::write_config(config, dtype))?;
+    // The configuration last: a folder that has one is complete.
+    Ok([weights, generation, config])
 }
 
-fn write_json(path: PathBuf, value: &Value) -> Result<(), ModelError> {
+fn stage_json(path: &Path, value: &Value) -> Result<Staged, ModelError> {
     let mut text = serde_json::to_vec_pretty(value).expect("a value of texts and numbers");
     text.push(b'\n');
-    atomic_write(&path, &text)
+    Staged::new(path, |out| out.write_all(&text))
 }

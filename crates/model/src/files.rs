@@ -3,7 +3,8 @@
 use crate::ModelError;
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 /// Writes a file whole or not at all: whoever reads `path`, even after a crash, finds the old content or the new.
 ///
@@ -21,20 +22,46 @@ pub fn atomic_write_with(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<(), ModelError> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut temporary = tempfile::Builder::new()
-        .prefix(".unfinished-")
-        .permissions(ordinary_permissions())
-        .tempfile_in(folder)
-        .map_err(ModelError::io(path))?;
-    let write = |file: &mut File| -> std::io::Result<()> {
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        fill(&mut out)?;
-        out.into_inner().map_err(|error| error.into_error())?.sync_all()
-    };
-    write(temporary.as_file_mut()).map_err(ModelError::io(path))?;
-    temporary.persist(path).map_err(|error| ModelError::io(path)(error.error))?;
-    sync_folder(folder).map_err(ModelError::io(path))
+    Staged::new(path, fill)?.publish()
+}
+
+/// A file that is on the disk whole, but not yet in its place; gone when dropped. Several that belong together are all
+/// staged before the first is published.
+pub(crate) struct Staged {
+    temporary: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Staged {
+    /// Writes what `fill` gives beside `path`.
+    pub(crate) fn new(
+        path: &Path,
+        fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+    ) -> Result<Self, ModelError> {
+        let mut temporary = tempfile::Builder::new()
+            .prefix(".unfinished-")
+            .permissions(ordinary_permissions())
+            .tempfile_in(folder_of(path))
+            .map_err(ModelError::io(path))?;
+        let write = |file: &mut File| -> std::io::Result<()> {
+            let mut out = BufWriter::with_capacity(1 << 20, file);
+            fill(&mut out)?;
+            out.into_inner().map_err(|error| error.into_error())?.sync_all()
+        };
+        write(temporary.as_file_mut()).map_err(ModelError::io(path))?;
+        Ok(Self { temporary, path: path.to_path_buf() })
+    }
+
+    /// Puts it in its place, over what is there.
+    pub(crate) fn publish(self) -> Result<(), ModelError> {
+        let Self { temporary, path } = self;
+        temporary.persist(&path).map_err(|error| ModelError::io(&path)(error.error))?;
+        sync_folder(folder_of(&path)).map_err(ModelError::io(&path))
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Brings a folder's list of names to the disk.

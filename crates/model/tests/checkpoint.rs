@@ -88,6 +88,10 @@ fn half_precision_and_shards_are_loaded() {
     map.insert("lm_head.weight".into(), "../elsewhere.safetensors".into());
     std::fs::write(&index, json!({"weight_map": map}).to_string()).unwrap();
     assert!(load_error(folder.path()).contains("tensor `lm_head.weight`: wanted the name of a file beside the index"));
+    map.insert("lm_head.weight".into(), "model-0.safetensors".into());
+    std::fs::write(&index, json!({"weight_map": map}).to_string()).unwrap();
+    let elsewhere = load_error(folder.path());
+    assert!(elsewhere.contains("model-0.safetensors: tensor `lm_head.weight`: missing, although"), "{elsewhere}");
     std::fs::remove_file(folder.path().join("model-1.safetensors")).unwrap();
     map.insert("lm_head.weight".into(), "model-1.safetensors".into());
     std::fs::write(&index, json!({"weight_map": map}).to_string()).unwrap();
@@ -123,6 +127,27 @@ fn broken_weights_are_named() {
 }
 
 #[test]
+fn a_tied_head_may_be_stored_again_if_it_is_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new(&ModelConfig { tie_embeddings: true, ..config() }, 1).unwrap();
+    save_model(folder.path(), &model, StoredAs::F32).unwrap();
+    let named = moebius_model::named_tensors(&model, |param| Some(param.value().data()));
+    let mut head = named[0].data.to_vec();
+    let write = |head: &[f32]| {
+        let mut tensors =
+            named.iter().map(|t| TensorToWrite::f32(t.name.clone(), &t.shape, t.data)).collect::<Vec<_>>();
+        tensors.push(TensorToWrite::f32("lm_head.weight", &[20, 8], head));
+        write_safetensors(&folder.path().join("model.safetensors"), &tensors).unwrap();
+    };
+    write(&head);
+    assert!(same_weights(&Model::load(&Checkpoint::open(folder.path()).unwrap()).unwrap(), &model));
+    head[3] += 1.0;
+    write(&head);
+    let error = load_error(folder.path());
+    assert!(error.contains("tensor `lm_head.weight`: wanted what model.embed_tokens.weight holds"), "{error}");
+}
+
+#[test]
 fn broken_configurations_are_named() {
     let (folder, _) = saved(StoredAs::F32);
     let path = folder.path().join("config.json");
@@ -144,8 +169,17 @@ fn broken_configurations_are_named() {
             "`rope_scaling.rope_type`: this family is computed for \"default\" only",
         ),
         ("head_dim", json!(3), "`head_dim`: wanted an even number, found 3"),
-        ("eos_token_id", json!([1, 20]), "wanted a token of the vocabulary of 20, found 20"),
+        ("eos_token_id", json!([1, 20]), "`eos_token_id`: wanted a token of the vocabulary of 20, found 20"),
         ("sliding_window", json!(0), "`sliding_window`: wanted at least 1"),
+        ("rope_parameters", json!({"rope_type": "llama3"}), "`rope_parameters.rope_type`: this family is computed for"),
+        ("attention_bias", json!(true), "`attention_bias`: this family is computed for false only, found true"),
+        ("quantization_config", json!({"bits": 4}), "`quantization_config`: this family is computed for null only"),
+        ("layer_types", json!(["sliding_attention"]), "`layer_types`: wanted `full_attention` in every layer"),
+        ("num_hidden_layers", json!(1 << 20), "`num_hidden_layers`: wanted 1 to 16384, found 1048576"),
+        ("num_local_experts", json!(1 << 30), "`num_local_experts`: wanted 1 to 65536, found 1073741824"),
+        ("max_position_embeddings", json!(0), "`max_position_embeddings`: wanted 1 to"),
+        ("router_aux_loss_coef", json!(-1), "`router_aux_loss_coef`: wanted a number of at least 0, found -1"),
+        ("bos_token_id", json!(20), "`bos_token_id`: wanted a token of the vocabulary of 20, found 20"),
     ];
     for (key, value, wanted) in cases {
         let mut config = good.clone();
@@ -167,6 +201,8 @@ fn an_unwritable_place_is_an_error_and_stays_clean() {
     let file = folder.path().join("config.json");
     let error = save_model(&file, &model, StoredAs::F32).unwrap_err().to_string();
     assert!(error.contains("config.json: "), "{error}");
+    let names = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(names, 3, "nothing new in the folder");
     let error = save_model(Path::new("/proc/nowhere"), &model, StoredAs::F32).unwrap_err().to_string();
     assert!(error.starts_with("/proc/nowhere: "), "{error}");
 }

@@ -7,6 +7,7 @@ mod header;
 mod write;
 
 pub use header::Dtype;
+pub(crate) use write::stage_safetensors;
 pub use write::{TensorData, TensorToWrite, write_safetensors};
 
 use crate::ModelError;
@@ -23,6 +24,8 @@ pub struct SafetensorsFile<'a> {
     bytes: Bytes<'a>,
     data_start: usize,
     entries: Vec<Entry>,
+    /// Places in `entries`, in the order of names.
+    by_name: Vec<usize>,
 }
 
 enum Bytes<'a> {
@@ -67,7 +70,9 @@ impl<'a> SafetensorsFile<'a> {
 
     fn new(name: String, bytes: Bytes<'a>) -> Result<Self, ModelError> {
         let (data_start, entries) = header::read(&name, bytes.get())?;
-        Ok(Self { name, bytes, data_start, entries })
+        let mut by_name: Vec<usize> = (0..entries.len()).collect();
+        by_name.sort_unstable_by_key(|&place| &entries[place].name);
+        Ok(Self { name, bytes, data_start, entries, by_name })
     }
 
     /// The file's name, for errors.
@@ -82,7 +87,8 @@ impl<'a> SafetensorsFile<'a> {
 
     /// A tensor by name.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
-        self.entries.iter().find(|entry| entry.name == name).map(|entry| self.view(entry))
+        let place = self.by_name.binary_search_by_key(&name, |&place| &self.entries[place].name).ok()?;
+        Some(self.view(&self.entries[self.by_name[place]]))
     }
 
     /// A tensor by name.

@@ -1,7 +1,8 @@
 //! Writing safetensors files, whole or not at all.
 
 use super::Dtype;
-use crate::{ModelError, files};
+use crate::ModelError;
+use crate::files::Staged;
 use half::bf16;
 use serde_json::{Map, json};
 use std::io::Write;
@@ -27,6 +28,8 @@ pub enum TensorData<'a> {
     I64(&'a [i64]),
     /// Whole numbers of 32 bits.
     U32(&'a [u32]),
+    /// Whole numbers of 32 bits with a sign.
+    I32(&'a [i32]),
 }
 
 impl TensorData<'_> {
@@ -36,6 +39,7 @@ impl TensorData<'_> {
             Self::BF16(_) => Dtype::BF16,
             Self::I64(_) => Dtype::I64,
             Self::U32(_) => Dtype::U32,
+            Self::I32(_) => Dtype::I32,
         }
     }
 
@@ -44,17 +48,34 @@ impl TensorData<'_> {
             Self::F32(data) | Self::BF16(data) => data.len(),
             Self::I64(data) => data.len(),
             Self::U32(data) => data.len(),
+            Self::I32(data) => data.len(),
         }
     }
 
     fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
         match self {
-            Self::F32(data) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
-            Self::BF16(data) => data.iter().try_for_each(|&x| out.write_all(&bf16::from_f32(x).to_le_bytes())),
-            Self::I64(data) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
-            Self::U32(data) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
+            Self::F32(data) => write_each(out, data, |x| x.to_le_bytes()),
+            Self::BF16(data) => write_each(out, data, |x| bf16::from_f32(x).to_le_bytes()),
+            Self::I64(data) => write_each(out, data, |x| x.to_le_bytes()),
+            Self::U32(data) => write_each(out, data, |x| x.to_le_bytes()),
+            Self::I32(data) => write_each(out, data, |x| x.to_le_bytes()),
         }
     }
+}
+
+/// Writes elements as bytes, a block at a time: one by one they would cost a call each.
+fn write_each<T: Copy, const N: usize>(
+    out: &mut dyn Write,
+    data: &[T],
+    bytes_of: impl Fn(T) -> [u8; N],
+) -> std::io::Result<()> {
+    let mut block = Vec::with_capacity(4096 * N);
+    for elements in data.chunks(4096) {
+        block.clear();
+        elements.iter().for_each(|&x| block.extend_from_slice(&bytes_of(x)));
+        out.write_all(&block)?;
+    }
+    Ok(())
 }
 
 impl<'a> TensorToWrite<'a> {
@@ -75,8 +96,13 @@ impl<'a> TensorToWrite<'a> {
 /// What the system says; nothing is left behind then.
 ///
 /// # Panics
-/// If a tensor's shape and number of elements differ.
+/// If a tensor's shape and number of elements differ, or two have one name.
 pub fn write_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Result<(), ModelError> {
+    stage_safetensors(path, tensors)?.publish()
+}
+
+/// As [`write_safetensors`], without putting the file in its place yet.
+pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Result<Staged, ModelError> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut end = 0;
@@ -85,11 +111,11 @@ pub fn write_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Result<(), M
         let start = end;
         end += data.len() * data.dtype().size();
         let entry = json!({"dtype": data.dtype().to_string(), "shape": shape, "data_offsets": [start, end]});
-        header.insert(name.clone(), entry);
+        assert!(header.insert(name.clone(), entry).is_none(), "{name}: written twice");
     }
     let mut header = serde_json::to_vec(&header).expect("a header of texts and numbers");
     header.resize((8 + header.len()).next_multiple_of(64) - 8, b' ');
-    files::atomic_write_with(path, |out| {
+    Staged::new(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         tensors.iter().try_for_each(|tensor| tensor.data.write(out))
