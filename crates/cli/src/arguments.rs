@@ -47,7 +47,7 @@ pub enum Command {
 pub enum Dtype {
     /// Everything in 32 bits.
     F32,
-    /// Operands of matrix products rounded to bfloat16, sums in 32 bits: about twice as fast.
+    /// Operands of matrix products rounded to bfloat16, sums in 32 bits: faster.
     Bf16,
 }
 
@@ -58,8 +58,9 @@ Examples:
   echo \"The old man\" | moebius run --stop . --stop !
   moebius run --model runs/tiny/model --show-experts \"The sea\"
 
-The text goes to standard output (on a terminal with the prompt before it), a line of figures to standard error.
-A sampling option that is not given is taken from the model's generation_config.json, or else from the default.";
+The text goes to standard output (on a terminal with the prompt before it), a line of figures to \
+standard error. A sampling option that is not given is taken from the model's \
+generation_config.json, or else from the default.";
 
 /// `moebius run`.
 #[derive(Debug, Args)]
@@ -118,8 +119,9 @@ Examples:
   moebius train recipes/tiny.toml --out runs/tiny
   moebius train recipes/tiny.toml --out runs/tiny --resume   go on from the last checkpoint
 
-DIR gets checkpoints/step-N/, metrics.jsonl, plot.svg and at the end model/, a folder in Hugging Face's layout.
-Ctrl-C ends with a checkpoint, a second ctrl-C at once. A resumed run gives the same bits as an unbroken one.";
+DIR gets checkpoints/step-N/, metrics.jsonl, plot.svg and at the end model/, a folder in Hugging \
+Face's layout. Ctrl-C ends with a checkpoint, a second ctrl-C at once. A resumed run gives the same bits as \
+an unbroken one.";
 
 /// `moebius train`.
 #[derive(Debug, Args)]
@@ -146,8 +148,10 @@ Examples:
   moebius eval --text book.txt
   moebius eval --model runs/tiny/model --text book.txt --json
 
-The text is read in windows of C tokens, each S tokens after the last. A window scores the tokens that no earlier one
-has scored, so every token but the first is scored once, with at least C - S tokens before it (where the text has them).
+The text is read in windows of C tokens, each S tokens after the last. A window scores the tokens \
+that no earlier one has scored, so every token but the first is scored once, with at least C - S \
+tokens before it (where the text has them).
+
 Bits a byte: the scored loss in bits over the bytes of the scored tokens; comparable between tokenizers.";
 
 /// `moebius eval`.
@@ -181,10 +185,10 @@ pub struct EvalArguments {
 
 const LOGITS_EXAMPLES: &str = "\
 Example:
-  moebius logits --model DIR --tokens batch.safetensors --key input_ids --out logits.safetensors --routing
+  moebius logits --tokens in.safetensors --key input_ids --out out.safetensors --routing
 
-Writes `logits` [batch, sequence, vocab] in f32; with --routing, for each MoE layer L, `router_logits.L`
-[batch * sequence, experts], `topk_index.L` (i64) and `topk_weight.L` [batch * sequence, k], heaviest first.";
+Writes `logits` [batch, sequence, vocab] in f32; with --routing, for each MoE layer L, \
+`router_logits.L` [batch * sequence, experts], `topk_index.L` (i64) and `topk_weight.L` [batch * sequence, k], heaviest first.";
 
 /// `moebius logits`.
 #[derive(Debug, Args)]
@@ -219,9 +223,10 @@ const CHECK_EXAMPLES: &str = "\
 Example:
   moebius check golden/mixtral
 
-A golden folder holds a model and what it must give: expected.safetensors, and where they exist grads.safetensors
-(gradients of the loss) and aux.json (balance loss). Everything is computed in f32. Exit status 0 only if every quantity
-of every folder is within the tolerance.";
+A golden folder holds a model and what it must give: expected.safetensors, and where they exist \
+grads.safetensors (gradients of the loss), aux.json (balance loss) and config.v4.json (the same \
+configuration in the older spelling). Everything is computed in f32. Exit status 0 only if every \
+quantity of every folder is within the tolerance.";
 
 /// `moebius check`.
 #[derive(Debug, Args)]

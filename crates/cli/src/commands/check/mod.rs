@@ -12,11 +12,15 @@ mod report;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context;
+use moebius_model::Model;
+use moebius_model::families::read_config;
+
 use crate::arguments::CheckArguments;
 use crate::models::Source;
 use crate::output;
 use golden::Golden;
-use report::Report;
+use report::{Report, Worst};
 
 /// Runs the command: every folder is looked at, whatever the others gave.
 ///
@@ -49,6 +53,7 @@ fn check(folder: &Path, tolerance: f64) -> anyhow::Result<Report> {
     let model = Source::new(Some(folder)).model()?;
     let golden = Golden::open(folder)?;
     let mut report = Report::new(tolerance);
+    older_spelling(&model, folder, &mut report)?;
     for case in golden.cases(model.config.vocab_size)? {
         forward::check(&model, &golden, &case, &mut report)?;
         if case.name == "a" {
@@ -56,4 +61,17 @@ fn check(folder: &Path, tolerance: f64) -> anyhow::Result<Report> {
         }
     }
     Ok(report)
+}
+
+/// `config.v4.json`, the spelling of most published models, must mean the same model.
+fn older_spelling(model: &Model, folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+    let path = folder.join("config.v4.json");
+    if path.exists() {
+        let name = path.display().to_string();
+        let config = read_config(&std::fs::read(&path).with_context(|| name.clone())?, &name)?;
+        let mut worst = Worst::default();
+        worst.compare_equal(config == model.config, || format!("wanted {:?}, found {config:?}", model.config));
+        report.exact("config.v4", &worst);
+    }
+    Ok(())
 }
