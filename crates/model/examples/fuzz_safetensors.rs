@@ -41,8 +41,21 @@ const NUMBERS: [&str; 16] = [
 ];
 
 /// Other values, and pieces of JSON.
-const VALUES: [&str; 12] =
-    ["null", "true", "\"\"", "[]", "{}", "[0,0]", "[[[[", "\"../x\"", "\"F32\"", "\"BF16\"", "\"silu\"", ","];
+const VALUES: [&str; 13] = [
+    "null",
+    "true",
+    "\"\"",
+    "[]",
+    "{}",
+    "[0,0]",
+    "[[[[",
+    "\"../x\"",
+    "\"F32\"",
+    "\"BF16\"",
+    "\"silu\"",
+    "\"a\\n\\u001bb\"",
+    ",",
+];
 
 #[derive(Default)]
 struct Counts {

@@ -77,14 +77,23 @@ impl ModelError {
     }
 
     pub(crate) fn file(file: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::File { file: file.into(), message: message.into() }
+        Self::File { file: file.into(), message: one_line(message.into()) }
     }
 
     pub(crate) fn tensor(file: &str, tensor: &str, message: impl Into<String>) -> Self {
-        Self::Tensor { file: file.into(), tensor: tensor.into(), message: message.into() }
+        Self::Tensor { file: file.into(), tensor: one_line(tensor.into()), message: one_line(message.into()) }
     }
 
     pub(crate) fn config(file: &str, key: &str, message: impl Into<String>) -> Self {
-        Self::Config { file: file.into(), key: key.into(), message: message.into() }
+        Self::Config { file: file.into(), key: key.into(), message: one_line(message.into()) }
+    }
+}
+
+/// Names and values in files may hold anything; what we say about them stays on its line and leaves terminals alone.
+fn one_line(text: String) -> String {
+    if text.contains(char::is_control) {
+        text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    } else {
+        text
     }
 }

@@ -30,9 +30,10 @@ pub struct Loss {
     pub routing: Vec<Routing>,
 }
 
-/// The mean of the layers' load-balancing losses. Pooled over layers, as transformers reports it, the loss is content
-/// when every layer collapses onto other experts than its neighbours: measured, it let layers send half of all tokens
-/// to one expert.
+/// The mean of the layers' own load-balancing losses. Pooled over layers, as transformers counts, the loss is content when
+/// every layer sends all to a few experts as long as the layers choose different ones, and small models do: after 1000
+/// steps of `recipes/tiny.toml` the fullest expert of a layer had 3.5 times the mean (4 is the most possible), with a
+/// layer's own loss 1.3 times (validation loss 3.398 pooled, 3.404 by layer; one seed each).
 fn mean_balance<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
     let each: Vec<Var> = layers.iter().map(|layer| load_balancing_loss(g, &[layer])).collect();
     let share = 1.0 / each.len().max(1) as f32;

@@ -54,7 +54,17 @@ fn lies_are_found() {
             "f: tensor `a`: stands in the header twice",
         ),
     ];
-    for (bytes, wanted) in cases {
+    let names_with_line_ends = [
+        (
+            file(r#"{"a\nb":{"dtype":"U8","shape":[1],"data_offsets":[0,2]}}"#, 2),
+            r"f: tensor `a\nb`: U8 of shape [1] wants",
+        ),
+        (
+            file(r#"{"a":{"dtype":"\u001b\n","shape":[1],"data_offsets":[0,2]}}"#, 2),
+            r"f: the header is no list of tensors: unknown variant `\u{1b}\n`",
+        ),
+    ];
+    for (bytes, wanted) in cases.into_iter().chain(names_with_line_ends) {
         let found = message(bytes);
         assert!(found.starts_with(wanted) && !found.contains('\n'), "wanted {wanted}\n found {found}");
     }
