@@ -2,8 +2,8 @@
 
 use moebius_kernels::gemm::Precision;
 use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig};
-use moebius_moe::{LoadStatistics, Routing, load_balancing_loss};
-use moebius_tensor::{Gradients, Graph, Var};
+use moebius_moe::{LoadStatistics, Routing};
+use moebius_tensor::{Gradients, Graph};
 
 use crate::data::corpus::Windows;
 use crate::data::tokenizer::END_OF_TEXT_ID;
@@ -109,9 +109,8 @@ pub fn gradients(
     gradients: &mut Gradients,
     load: &mut LoadCounts,
 ) -> Result<Losses> {
-    // The model's own balance loss pools all layers, as transformers does; ours is a layer's, so it is added here.
     let settings = LossSettings {
-        balance_coefficient: 0.0,
+        balance_coefficient: recipe.balance.load_balancing as f32,
         z_coefficient: recipe.balance.z as f32,
         recompute: recipe.train.checkpoint_activations,
     };
@@ -119,26 +118,10 @@ pub fn gradients(
     let batch = batch_of(windows, recipe.train.sequence_length);
     let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;
     load.add(&loss.routing);
-    let (total, balance) = add_balance(&graph, loss.total, &loss.routing, recipe.balance.load_balancing);
-    graph.backward(&total, gradients);
-    Ok(Losses { cross_entropy: f64::from(loss.cross_entropy), balance, z: f64::from(loss.z) * recipe.balance.z })
-}
-
-/// Adds `coefficient` times the mean over layers of each layer's load-balancing loss E Σ_e f_e P_e (Fedus et al. 2021);
-/// returns the sum and what was added.
-///
-/// transformers counts f and P over all layers together: then every layer may send all to a few experts, as long as the
-/// layers choose different ones, and small models do: at the last of 1000 steps of `recipes/tiny.toml` the fullest expert
-/// of a layer had 3.5 times the mean (4 is the most possible), with a layer's own loss 1.3 times. The validation loss
-/// was no better for it there (3.398 pooled, 3.404 by layer; one seed each, the spread over seeds not measured).
-fn add_balance<'p>(graph: &Graph<'p>, total: Var, routing: &[Routing], coefficient: f64) -> (Var, f64) {
-    if coefficient == 0.0 || routing.is_empty() {
-        return (total, 0.0);
-    }
-    let share = coefficient / routing.len() as f64;
-    let losses = routing.iter().map(|layer| load_balancing_loss(graph, &[layer])).collect::<Vec<_>>();
-    let mut terms = vec![(1.0, &total)];
-    terms.extend(losses.iter().map(|loss| (share as f32, loss)));
-    let balance = losses.iter().map(|loss| share * f64::from(loss.data()[0])).sum();
-    (moebius_tensor::ops::weighted_sum(graph, &terms), balance)
+    graph.backward(&loss.total, gradients);
+    Ok(Losses {
+        cross_entropy: f64::from(loss.cross_entropy),
+        balance: f64::from(loss.balance) * recipe.balance.load_balancing,
+        z: f64::from(loss.z) * recipe.balance.z,
+    })
 }
