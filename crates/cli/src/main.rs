@@ -32,6 +32,8 @@ fn main() -> ExitCode {
 }
 
 fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    // Whoever asks by MOEBIUS_ISA for what the machine lacks hears it now, not from inside a product.
+    moebius_kernels::isa::Isa::from_environment()?;
     if let Some(threads) = arguments.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
     }
