@@ -8,13 +8,8 @@ use serde_json::{Map, Value};
 pub(super) const FAMILY: Family =
     Family { name: "llama", model_types: &["llama"], architecture: "LlamaForCausalLM", read, write, tensors };
 
-const DEFAULTS: shared::Defaults = shared::Defaults {
-    rope_theta: 1e4,
-    rms_eps: 1e-6,
-    max_positions: 2048,
-    n_kv_heads: None,
-    router_aux_loss_coef: 0.0,
-};
+const DEFAULTS: shared::Defaults =
+    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 2048, n_kv_heads: None };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     keys.only("sliding_window", Value::Null)?;

@@ -14,13 +14,8 @@ pub(super) const FAMILY: Family = Family {
     tensors: llama::tensors,
 };
 
-const DEFAULTS: shared::Defaults = shared::Defaults {
-    rope_theta: 1e4,
-    rms_eps: 1e-6,
-    max_positions: 4096 * 32,
-    n_kv_heads: Some(8),
-    router_aux_loss_coef: 0.0,
-};
+const DEFAULTS: shared::Defaults =
+    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 4096 * 32, n_kv_heads: Some(8) };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let ffn = Ffn::Dense { width: keys.size("intermediate_size")? };

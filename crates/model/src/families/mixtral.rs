@@ -8,13 +8,8 @@ use serde_json::{Map, Value, json};
 pub(super) const FAMILY: Family =
     Family { name: "mixtral", model_types: &["mixtral"], architecture: "MixtralForCausalLM", read, write, tensors };
 
-const DEFAULTS: shared::Defaults = shared::Defaults {
-    rope_theta: 1e6,
-    rms_eps: 1e-5,
-    max_positions: 4096 * 32,
-    n_kv_heads: Some(8),
-    router_aux_loss_coef: 0.001,
-};
+const DEFAULTS: shared::Defaults =
+    shared::Defaults { rope_theta: 1e6, rms_eps: 1e-5, max_positions: 4096 * 32, n_kv_heads: Some(8) };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let ffn = Ffn::Moe {
@@ -23,7 +18,8 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
         width: keys.size("intermediate_size")?,
         renormalise: true,
     };
-    shared::read(keys, FAMILY.name, ffn, keys.optional_size("sliding_window")?, &DEFAULTS)
+    let config = shared::read(keys, FAMILY.name, ffn, keys.optional_size("sliding_window")?, &DEFAULTS)?;
+    Ok(ModelConfig { router_aux_loss_coef: keys.number("router_aux_loss_coef", 0.001)?, ..config })
 }
 
 fn write(config: &ModelConfig) -> Map<String, Value> {

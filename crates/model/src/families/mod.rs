@@ -90,3 +90,6 @@ pub fn tensors(config: &ModelConfig) -> Vec<TensorMap> {
 fn of(config: &ModelConfig) -> &'static Family {
     find(&config.family).unwrap_or_else(|| panic!("a configuration names a known family, found `{}`", config.family))
 }
+
+#[cfg(test)]
+mod tests;

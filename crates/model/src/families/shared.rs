@@ -12,7 +12,6 @@ pub(super) struct Defaults {
     pub(super) max_positions: usize,
     /// As many as query heads if none. That is also what null means, whatever the family.
     pub(super) n_kv_heads: Option<usize>,
-    pub(super) router_aux_loss_coef: f64,
 }
 
 /// Reads the keys of Llama's kind, `window` read by the family.
@@ -51,7 +50,7 @@ pub(super) fn read(
         window,
         tie_embeddings: keys.flag("tie_word_embeddings", false)?,
         ffn,
-        router_aux_loss_coef: keys.number("router_aux_loss_coef", defaults.router_aux_loss_coef)?,
+        router_aux_loss_coef: 0.0,
         bos_token: keys.token_ids("bos_token_id")?.first().copied(),
         eos_tokens: keys.token_ids("eos_token_id")?,
     })
