@@ -2,7 +2,7 @@
 
 use crate::Routing;
 use moebius_kernels::memory::Buffer;
-use moebius_tensor::{Graph, Tensor, Var};
+use moebius_tensor::{Graph, Place, Tensor, Var};
 
 /// E Σ_e f_e P_e, with f_e the mean number of choices of expert e a token and P_e its mean probability, over the tokens
 /// of all layers together (Fedus et al. 2021, pooled as transformers' Mixtral does). About k when the load is even; the
@@ -23,12 +23,12 @@ pub fn load_balancing_loss<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
     }
     let factor = experts as f64 / (tokens as f64 * tokens as f64);
     let value: f64 = counts.iter().zip(&sums).map(|(&count, sum)| factor * count as f64 * sum).sum();
-    let inputs: Vec<Var> = layers.iter().map(|routing| routing.probabilities.clone()).collect();
+    let places: Vec<Place> = layers.iter().map(|routing| routing.probabilities.place()).collect();
     let slopes: Vec<f32> = counts.iter().map(|&count| (factor * count as f64) as f32).collect();
     let vars: Vec<&Var> = layers.iter().map(|routing| &routing.probabilities).collect();
     g.record_from(&vars, Tensor::scalar(value as f32), move |dloss, back| {
-        for probabilities in &inputs {
-            let Some(dp) = back.sum_of(probabilities) else { continue };
+        for &to_probabilities in &places {
+            let Some(dp) = back.sum_of(to_probabilities) else { continue };
             for row in dp.chunks_exact_mut(slopes.len()) {
                 row.iter_mut().zip(&slopes).for_each(|(dp, slope)| *dp += dloss[0] * slope);
             }
@@ -53,16 +53,17 @@ pub fn z_loss<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
     };
     let lse: Vec<Vec<f32>> = layers.iter().map(log_sum_exp).collect();
     let value = lse.iter().flatten().map(|&z| f64::from(z) * f64::from(z)).sum::<f64>() / tokens as f64;
-    let inputs: Vec<(Var, Var)> =
-        layers.iter().map(|routing| (routing.logits.clone(), routing.probabilities.clone())).collect();
+    let input =
+        |routing: &&Routing| (routing.logits.place(), routing.probabilities.value().clone(), routing.plan.n_experts());
+    let inputs: Vec<(Place, Tensor, usize)> = layers.iter().map(input).collect();
     let vars: Vec<&Var> = layers.iter().map(|routing| &routing.logits).collect();
     g.record_from(&vars, Tensor::scalar(value as f32), move |dloss, back| {
-        for ((logits, probabilities), lse) in inputs.iter().zip(&lse) {
-            let experts = logits.data().len() / lse.len().max(1);
+        for ((to_logits, probabilities, experts), lse) in inputs.iter().zip(&lse) {
             // d lse² / d logit = 2 lse p.
-            let slopes = (probabilities.data().chunks_exact(experts).zip(lse))
-                .flat_map(|(row, &z)| row.iter().map(move |&p| 2.0 * z * p * dloss[0] / tokens as f32));
-            back.add(logits, &slopes.collect::<Buffer<f32>>());
+            let factor = 2.0 * dloss[0] / tokens as f32;
+            let slopes = (probabilities.data().chunks_exact(*experts).zip(lse))
+                .flat_map(|(row, &z)| row.iter().map(move |&p| factor * z * p));
+            back.give(*to_logits, slopes.collect::<Buffer<f32>>());
         }
     })
 }

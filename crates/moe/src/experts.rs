@@ -16,12 +16,20 @@ pub struct ExpertBank {
     width: usize,
 }
 
-/// The forward's rows that the backward needs, all in the plan's order.
+/// The forward's rows that the backward needs, in the plan's order. The rows of x and the inner activations are not among
+/// them: x is there anyway, and making both again takes less time than writing and reading them does.
 struct Saved {
-    x: Buffer<f32>,
+    /// `[assignments, 2 * width]`
     gate_up: Buffer<f32>,
-    inner: Buffer<f32>,
+    /// `[assignments, hidden]`
     y: Buffer<f32>,
+}
+
+/// What the experts computed on, and how their answers were weighted.
+struct Inputs {
+    x: Var,
+    plan: Rc<Plan>,
+    weights: Var,
 }
 
 impl ExpertBank {
@@ -61,6 +69,10 @@ impl ExpertBank {
             let (wanted, found) = (vec![plan.n_tokens(), wanted], vec![tokens, hidden]);
             return Err(TensorError::Shape { what: "experts' input", wanted, found }.into());
         }
+        if weights.shape() != [plan.n_assignments()] {
+            let (wanted, found) = (vec![plan.n_assignments()], weights.shape().to_vec());
+            return Err(TensorError::Shape { what: "experts' weights", wanted, found }.into());
+        }
         let precision = g.precision();
         let saved = self.compute(precision, x.data(), hidden, plan);
         let (token_offsets, token_rows) = plan.rows_of_token();
@@ -70,61 +82,83 @@ impl ExpertBank {
         if !g.is_recording() {
             return Ok(Var::constant(output));
         }
-        let (x, plan, weights) = (x.clone(), plan.clone(), weights.clone());
-        Ok(g.record(output, move |dy, back| self.backward(precision, dy, (&x, &weights), &plan, &saved, back)))
+        let inputs = Inputs { x: x.clone(), plan: plan.clone(), weights: weights.clone() };
+        Ok(g.record(output, move |dy, back| self.backward(precision, &dy, &inputs, saved, back)))
     }
 
     /// All experts on their rows.
     fn compute(&self, precision: Precision, x: &[f32], hidden: usize, plan: &Plan) -> Saved {
         let (rows, width) = (plan.n_assignments(), self.width);
-        let mut gathered = Buffer::scratch(rows * hidden);
-        select::gather_rows(x, hidden, plan.token(), &mut gathered);
+        let x = gathered(x, hidden, plan);
         let mut gate_up = Buffer::scratch(rows * 2 * width);
         let packed = self.gate_up.packed_forward(precision);
-        grouped_matmul(Mat::new(&gathered, rows, hidden), plan.offsets(), packed, &mut gate_up, Beta::Overwrite);
-        let mut inner = Buffer::scratch(rows * width);
-        activation::swiglu(&gate_up, width, &mut inner);
+        grouped_matmul(Mat::new(&x, rows, hidden), plan.offsets(), packed, &mut gate_up, Beta::Overwrite);
+        drop(x);
+        let inner = self.inner(&gate_up);
         let mut y = Buffer::scratch(rows * hidden);
         let packed = self.down.packed_forward(precision);
         grouped_matmul(Mat::new(&inner, rows, width), plan.offsets(), packed, &mut y, Beta::Overwrite);
-        Saved { x: gathered, gate_up, inner, y }
+        Saved { gate_up, y }
     }
 
-    fn backward(
-        &self,
-        precision: Precision,
-        dy: &[f32],
-        (x, weights): (&Var, &Var),
-        plan: &Plan,
-        saved: &Saved,
-        back: &mut Backprop<'_>,
-    ) {
-        let (rows, width) = (plan.n_assignments(), self.width);
-        let hidden = dy.len() / plan.n_tokens().max(1);
-        if let Some((dweights, beta)) = back.of(weights) {
-            assert_eq!(beta, Beta::Overwrite, "a routing's weights are used once");
-            select::gathered_dots(dy, hidden, plan.token(), &saved.y, dweights);
+    /// silu(gate) * up, `[assignments, width]`.
+    fn inner(&self, gate_up: &[f32]) -> Buffer<f32> {
+        let mut inner = Buffer::scratch(gate_up.len() / 2);
+        activation::swiglu(gate_up, self.width, &mut inner);
+        inner
+    }
+
+    /// Each buffer goes as soon as nothing needs it: the next one often takes its memory.
+    fn backward(&self, precision: Precision, dy: &[f32], inputs: &Inputs, saved: Saved, back: &mut Backprop<'_>) {
+        let Inputs { x, plan, weights } = inputs;
+        let Saved { gate_up, y } = saved;
+        let (rows, width, hidden) = (plan.n_assignments(), self.width, self.down.shape()[1]);
+        if back.wants(weights) {
+            let mut dweights = Buffer::scratch(rows);
+            select::gathered_dots(dy, hidden, plan.token(), &y, &mut dweights);
+            back.give(weights, dweights);
         }
+        drop(y);
+
         let mut dy_rows = Buffer::scratch(rows * hidden);
         select::gather_rows_weighted(dy, hidden, plan.token(), weights.data(), &mut dy_rows);
-        let dy_rows = Mat::new(&dy_rows, rows, hidden);
+        let inner = self.inner(&gate_up);
         let (ddown, beta) = back.weight(&self.down);
-        let inner = Mat::new(&saved.inner, rows, width);
-        grouped_matmul_weight_gradient(precision, dy_rows, inner, plan.offsets(), ddown, beta);
-        let mut dinner = Buffer::scratch(rows * width);
-        grouped_matmul(dy_rows, plan.offsets(), self.down.packed_backward(precision), &mut dinner, Beta::Overwrite);
+        let dy_matrix = Mat::new(&dy_rows, rows, hidden);
+        let inner_matrix = Mat::new(&inner, rows, width);
+        grouped_matmul_weight_gradient(precision, dy_matrix, inner_matrix, plan.offsets(), ddown, beta);
+        let mut dinner = inner;
+        grouped_matmul(dy_matrix, plan.offsets(), self.down.packed_backward(precision), &mut dinner, Beta::Overwrite);
+        drop(dy_rows);
+
         let mut dgate_up = Buffer::scratch(rows * 2 * width);
-        activation::swiglu_backward(&dinner, &saved.gate_up, width, &mut dgate_up);
+        activation::swiglu_backward(&dinner, &gate_up, width, &mut dgate_up);
+        drop((dinner, gate_up));
+
         let dgate_up = Mat::new(&dgate_up, rows, 2 * width);
+        let mut x_rows = gathered(x.data(), hidden, plan);
         let (dweight, beta) = back.weight(&self.gate_up);
-        let x_rows = Mat::new(&saved.x, rows, hidden);
-        grouped_matmul_weight_gradient(precision, dgate_up, x_rows, plan.offsets(), dweight, beta);
-        if let Some(dx) = back.sum_of(x) {
-            let mut dx_rows = Buffer::scratch(rows * hidden);
+        let x_matrix = Mat::new(&x_rows, rows, hidden);
+        grouped_matmul_weight_gradient(precision, dgate_up, x_matrix, plan.offsets(), dweight, beta);
+        if let Some((dx, beta)) = back.of(x) {
+            let dx_rows = &mut x_rows;
             let packed = self.gate_up.packed_backward(precision);
-            grouped_matmul(dgate_up, plan.offsets(), packed, &mut dx_rows, Beta::Overwrite);
+            grouped_matmul(dgate_up, plan.offsets(), packed, dx_rows, Beta::Overwrite);
             let (token_offsets, token_rows) = plan.rows_of_token();
-            select::scatter_add(&dx_rows, hidden, token_offsets, token_rows, dx);
+            match beta {
+                Beta::Accumulate => select::scatter_add(dx_rows, hidden, token_offsets, token_rows, dx),
+                // Times one: the same sums without reading zeros first.
+                Beta::Overwrite => {
+                    select::scatter_weighted(dx_rows, hidden, token_offsets, token_rows, &vec![1.0; rows], dx);
+                }
+            }
         }
     }
+}
+
+/// The rows of x in the plan's order, `[assignments, hidden]`.
+fn gathered(x: &[f32], hidden: usize, plan: &Plan) -> Buffer<f32> {
+    let mut rows = Buffer::scratch(plan.n_assignments() * hidden);
+    select::gather_rows(x, hidden, plan.token(), &mut rows);
+    rows
 }

@@ -43,7 +43,8 @@ impl Plan {
             offsets[expert + 1] += offsets[expert];
         }
         let mut next = offsets.clone();
-        let (mut token, mut slot, mut token_rows) = (vec![0; index.len()], vec![0; index.len()], vec![0; index.len()]);
+        let (mut token, mut slot) = (vec![0; index.len()], vec![0; index.len()]);
+        let mut token_rows = vec![0; index.len()];
         for (choice, &expert) in index.iter().enumerate() {
             let row = next[expert as usize];
             next[expert as usize] += 1;
@@ -54,6 +55,76 @@ impl Plan {
         let n_tokens = index.len() / k;
         let token_offsets = (0..=n_tokens).map(|t| t * k).collect();
         Ok(Self { n_tokens, n_experts, offsets, token, slot, token_offsets, token_rows })
+    }
+
+    /// A plan from its rows, for routers that give tokens different numbers of experts.
+    ///
+    /// # Shapes
+    /// offsets `[experts + 1]`, token and slot `[assignments]`.
+    ///
+    /// # Errors
+    /// The first thing in which the parts contradict each other; see [`Plan::validate`].
+    pub fn from_rows(n_tokens: usize, offsets: Vec<usize>, token: Vec<u32>, slot: Vec<u32>) -> Result<Self, MoeError> {
+        let mut token_offsets = vec![0; n_tokens + 1];
+        for (row, &t) in token.iter().enumerate() {
+            let count = token_offsets.get_mut(t as usize + 1).ok_or_else(|| no_such_token(row, t, n_tokens))?;
+            *count += 1;
+        }
+        for t in 0..n_tokens {
+            token_offsets[t + 1] += token_offsets[t];
+        }
+        let mut token_rows = vec![0; token.len()];
+        for (row, (&t, &slot)) in token.iter().zip(&slot).enumerate() {
+            // A slot beyond its token's rows is left for `validate` to name.
+            let rows = &mut token_rows[token_offsets[t as usize]..token_offsets[t as usize + 1]];
+            if let Some(place) = rows.get_mut(slot as usize) {
+                *place = row as u32;
+            }
+        }
+        let n_experts = offsets.len().saturating_sub(1);
+        let plan = Self { n_tokens, n_experts, offsets, token, slot, token_offsets, token_rows };
+        plan.validate()?;
+        Ok(plan)
+    }
+
+    /// An error if its parts contradict each other: each row has one expert, an existing token and a slot; a token's
+    /// slots count from zero; an expert's tokens rise; rows by expert and rows by token are the same rows.
+    ///
+    /// # Errors
+    /// The first contradiction.
+    pub fn validate(&self) -> Result<(), MoeError> {
+        let rows = self.token.len();
+        check_offsets("experts", &self.offsets, self.n_experts, rows)?;
+        check_offsets("tokens", &self.token_offsets, self.n_tokens, self.token_rows.len())?;
+        for (what, found) in [("slots", self.slot.len()), ("rows by token", self.token_rows.len())] {
+            if found != rows {
+                return Err(MoeError::Plan(format!("{found} {what} for {rows} rows")));
+            }
+        }
+        for (expert, bounds) in self.offsets.windows(2).enumerate() {
+            if let Some(i) = self.token[bounds[0]..bounds[1]].windows(2).position(|pair| pair[0] >= pair[1]) {
+                let [a, b] = [self.token[bounds[0] + i], self.token[bounds[0] + i + 1]];
+                return Err(MoeError::Plan(format!("expert {expert}: token {b} stands after token {a}")));
+            }
+        }
+        for (row, (&token, &slot)) in self.token.iter().zip(&self.slot).enumerate() {
+            let Some(bounds) = self.token_offsets.get(token as usize..token as usize + 2) else {
+                return Err(no_such_token(row, token, self.n_tokens));
+            };
+            // As many rows as slots, and each row found at its slot: so no slot is missing or taken twice.
+            match self.token_rows[bounds[0]..bounds[1]].get(slot as usize) {
+                None => {
+                    let count = bounds[1] - bounds[0];
+                    return Err(MoeError::Plan(format!("row {row}: slot {slot} of the {count} of token {token}")));
+                }
+                Some(&found) if found as usize != row => {
+                    let message = format!("token {token}, slot {slot}: row {row} by expert, row {found} by token");
+                    return Err(MoeError::Plan(message));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Tokens routed.
@@ -95,6 +166,25 @@ impl Plan {
     pub fn counts(&self) -> Vec<usize> {
         self.offsets.windows(2).map(|pair| pair[1] - pair[0]).collect()
     }
+}
+
+fn no_such_token(row: usize, token: u32, n_tokens: usize) -> MoeError {
+    MoeError::Plan(format!("row {row}: token {token} of {n_tokens}"))
+}
+
+/// An error unless `offsets` cut `rows` rows into `parts` parts.
+fn check_offsets(what: &str, offsets: &[usize], parts: usize, rows: usize) -> Result<(), MoeError> {
+    if offsets.len() != parts + 1 {
+        return Err(MoeError::Plan(format!("{} offsets for {parts} {what}", offsets.len())));
+    }
+    if let Some(i) = (0..parts).find(|&i| offsets[i] > offsets[i + 1]) {
+        return Err(MoeError::Plan(format!("offsets of {what}: {} after {}", offsets[i + 1], offsets[i])));
+    }
+    if (offsets[0], offsets[parts]) != (0, rows) {
+        let (first, last) = (offsets[0], offsets[parts]);
+        return Err(MoeError::Plan(format!("offsets of {what} from {first} to {last} for {rows} rows")));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -66,7 +66,7 @@ impl TopKRouter {
 
 impl Router for TopKRouter {
     fn route<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Routing, MoeError> {
-        if g.is_recording() && self.top_k == 1 && self.renormalise {
+        if g.is_training() && self.top_k == 1 && self.renormalise {
             return Err(MoeError::NoRouterGradient);
         }
         let logits = ops::linear_f32(g, x, &self.weight)?;
@@ -110,12 +110,13 @@ impl TopKRouter {
         let rows = plan.rows_of_token().1;
         let mut by_row = Buffer::scratch(rows.len());
         rows.iter().zip(by_token.data()).for_each(|(&row, &weight)| by_row[row as usize] = weight);
-        let (input, plan, index, weight) = (probabilities.clone(), plan.clone(), index.to_vec(), by_token.clone());
+        let (to_probabilities, plan, index, weight) =
+            (probabilities.place(), plan.clone(), index.to_vec(), by_token.clone());
         let output = Tensor::new(&[rows.len()], by_row);
         let var = g.record_from(&[probabilities], output, move |dw, back| {
             let experts = plan.n_experts();
             let rows = plan.rows_of_token().1;
-            let Some(dp) = back.sum_of(&input) else { return };
+            let Some(dp) = back.sum_of(to_probabilities) else { return };
             for (t, &sum) in sums.iter().enumerate() {
                 let choices = t * k..(t + 1) * k;
                 // Renormalised, w = p / s: dp_i = (dw_i − Σ dw_j w_j) / s.
@@ -136,11 +137,11 @@ fn softmax<'p>(g: &Graph<'p>, logits: &Var) -> Result<Var, MoeError> {
     let mut p = Buffer::from_slice(logits.data());
     activation::softmax_rows(&mut p, experts);
     let output = Tensor::new(logits.shape(), p);
-    let (input, p) = (logits.clone(), output.clone());
+    let (to_logits, p) = (logits.place(), output.clone());
     Ok(g.record_from(&[logits], output, move |dp, back| {
         let mut dx = Buffer::scratch(dp.len());
-        activation::softmax_rows_backward(dp, p.data(), experts, &mut dx);
-        back.add(&input, &dx);
+        activation::softmax_rows_backward(&dp, p.data(), experts, &mut dx);
+        back.give(to_logits, dx);
     }))
 }
 

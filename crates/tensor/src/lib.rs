@@ -4,13 +4,16 @@
 //! the model; `in` and `out` the columns and rows of a weight; `experts` stacked matrices of one weight.
 #![forbid(unsafe_code)]
 
+mod backprop;
 mod graph;
 pub mod ops;
 mod param;
 mod random;
+mod recompute;
 mod tensor;
 
-pub use graph::{Backprop, Graph, LeafGradients, Var};
+pub use backprop::{Backprop, LeafGradients};
+pub use graph::{Graph, Place, Var};
 pub use param::{Gradients, Param};
 pub use random::Rng;
 pub use tensor::{Tensor, TensorError};

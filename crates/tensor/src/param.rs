@@ -111,13 +111,17 @@ impl Gradients {
         self.by_param.get(id).filter(|slot| slot.live)?.buffer.as_deref()
     }
 
-    /// The buffer of a weight of `len` numbers to add into, and whether it holds nothing yet: then its content is
-    /// unspecified, and the caller overwrites all of it.
-    pub fn slot(&mut self, id: usize, len: usize) -> (&mut [f32], bool) {
+    fn entry(&mut self, id: usize) -> &mut Slot {
         if self.by_param.len() <= id {
             self.by_param.resize_with(id + 1, Slot::default);
         }
-        let slot = &mut self.by_param[id];
+        &mut self.by_param[id]
+    }
+
+    /// The buffer of a weight of `len` numbers to add into, and whether it holds nothing yet: then its content is
+    /// unspecified, and the caller overwrites all of it.
+    pub fn slot(&mut self, id: usize, len: usize) -> (&mut [f32], bool) {
+        let slot = self.entry(id);
         let fresh = !std::mem::replace(&mut slot.live, true);
         let buffer = slot.buffer.get_or_insert_with(|| Buffer::scratch(len));
         assert_eq!(buffer.len(), len, "gradient {id}: length");
@@ -131,6 +135,15 @@ impl Gradients {
             buffer.fill(0.0);
         }
         buffer
+    }
+
+    /// Adds `gradient` to that of a weight; if nothing reached it yet, takes the buffer instead of copying it.
+    pub fn give(&mut self, id: usize, gradient: Buffer<f32>) {
+        if self.get(id).is_some() {
+            select::add_assign(self.slot(id, gradient.len()).0, &gradient);
+        } else {
+            *self.entry(id) = Slot { buffer: Some(gradient), live: true };
+        }
     }
 
     /// Multiplies all by `factor`.
@@ -150,5 +163,84 @@ impl Gradients {
     /// Forgets the values, keeps the memory.
     pub fn clear(&mut self) {
         self.by_param.iter_mut().for_each(|slot| slot.live = false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moebius_kernels::gemm::{Beta, matmul_packed};
+
+    #[test]
+    fn packs_last_until_the_weight_changes() {
+        let mut param = Param::new(0, "w", Tensor::new(&[2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+        let address = |param: &Param| param.packed_forward(Precision::F32).as_ptr();
+        let first = address(&param);
+        assert_eq!(address(&param), first);
+        let product = |param: &Param| {
+            let mut y = [0.0; 2];
+            let x = Mat::new(&[1.0, 10.0, 100.0], 1, 3);
+            matmul_packed(x, &param.packed_forward(Precision::F32)[0], &mut y, Beta::Overwrite);
+            let mut dx = [0.0; 3];
+            let dy = Mat::new(&[1.0, 10.0], 1, 2);
+            matmul_packed(dy, &param.packed_backward(Precision::F32)[0], &mut dx, Beta::Overwrite);
+            (y, dx)
+        };
+        assert_eq!(product(&param), ([321.0, 654.0], [41.0, 52.0, 63.0]));
+        param.update(|w| w.iter_mut().for_each(|w| *w = -*w));
+        assert_eq!(product(&param), ([-321.0, -654.0], [-41.0, -52.0, -63.0]));
+        param.set(Tensor::zeros(&[2, 3]));
+        assert_eq!(product(&param), ([0.0; 2], [0.0; 3]));
+    }
+
+    #[test]
+    fn a_stack_has_a_pack_for_each_matrix() {
+        let param = Param::new(0, "w", Tensor::zeros(&[3, 4, 5]));
+        for (packs, k, n) in
+            [(param.packed_forward(Precision::Bf16), 5, 4), (param.packed_backward(Precision::F32), 4, 5)]
+        {
+            assert_eq!(packs.iter().map(|pack| (pack.k(), pack.n())).collect::<Vec<_>>(), [(k, n); 3]);
+        }
+    }
+
+    #[test]
+    fn a_shared_value_is_not_changed_behind_its_holders_back() {
+        let mut param = Param::new(0, "w", Tensor::scalar(1.0));
+        let kept = param.value().clone();
+        param.update(|w| w[0] = 2.0);
+        assert_eq!((kept.data(), param.value().data()), (&[1.0][..], &[2.0][..]));
+    }
+
+    #[test]
+    fn gradients_start_fresh_and_keep_their_memory() {
+        let mut gradients = Gradients::new();
+        assert_eq!(gradients.get(2), None);
+        gradients.slot(2, 2).0.copy_from_slice(&[3.0, 0.0]);
+        assert!(!gradients.slot(2, 2).1, "no longer fresh");
+        gradients.get_mut(0, 1)[0] = 4.0;
+        assert_eq!((gradients.get(0), gradients.get(1)), (Some(&[4.0][..]), None));
+        assert_eq!(gradients.norm(), 5.0);
+        gradients.scale(2.0);
+        assert_eq!((gradients.get(2), gradients.norm()), (Some(&[6.0, 0.0][..]), 10.0));
+
+        let address = gradients.get(2).map(<[f32]>::as_ptr);
+        gradients.clear();
+        assert_eq!((gradients.get(2), gradients.norm()), (None, 0.0));
+        assert_eq!(gradients.get_mut(2, 2), [0.0; 2], "nothing is left of the step before");
+        assert_eq!(gradients.get(2).map(<[f32]>::as_ptr), address);
+    }
+
+    #[test]
+    fn a_given_buffer_is_taken_or_added() {
+        let mut gradients = Gradients::new();
+        let buffer = Buffer::from_slice(&[1.0, 2.0]);
+        let address = buffer.as_ptr();
+        gradients.give(1, buffer);
+        assert_eq!(gradients.get(1).map(<[f32]>::as_ptr), Some(address));
+        gradients.give(1, Buffer::from_slice(&[10.0, 10.0]));
+        assert_eq!(gradients.get(1), Some(&[11.0, 12.0][..]));
+        gradients.clear();
+        gradients.give(1, Buffer::from_slice(&[5.0, 5.0]));
+        assert_eq!(gradients.get(1), Some(&[5.0, 5.0][..]));
     }
 }

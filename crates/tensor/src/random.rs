@@ -52,6 +52,23 @@ impl Rng {
             }
         }
     }
+
+    /// Normal numbers of mean zero, those beyond two deviations drawn again. `standard_deviation` is that of the
+    /// normal before the cut; what remains has 0.88 of it.
+    pub fn fill_truncated_normal(&mut self, out: &mut [f32], standard_deviation: f32) {
+        for x in out {
+            let mut draw = [f32::INFINITY];
+            while draw[0].abs() > 2.0 {
+                self.fill_normal(&mut draw, 1.0);
+            }
+            *x = draw[0] * standard_deviation;
+        }
+    }
+
+    /// Uniform numbers from `low` (included) to `high` (excluded, but for rounding).
+    pub fn fill_uniform(&mut self, out: &mut [f32], low: f32, high: f32) {
+        out.iter_mut().for_each(|x| *x = low + (high - low) * self.uniform());
+    }
 }
 
 #[cfg(test)]
@@ -73,5 +90,17 @@ mod tests {
         let mean = x.iter().sum::<f32>() / x.len() as f32;
         let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / x.len() as f32;
         assert!(mean.abs() < 0.03 && (variance - 4.0).abs() < 0.1, "{mean} {variance}");
+    }
+
+    #[test]
+    fn truncated_and_uniform_numbers_stay_within_their_bounds() {
+        let mut x = vec![0.0; 100_000];
+        let deviation = |x: &[f32]| (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32).sqrt();
+        Rng::new(1).fill_truncated_normal(&mut x, 0.5);
+        assert!(x.iter().all(|x| x.abs() <= 1.0) && x.iter().any(|x| x.abs() > 0.95));
+        assert!((deviation(&x) - 0.88 * 0.5).abs() < 0.01, "{}", deviation(&x));
+        Rng::new(1).fill_uniform(&mut x, -3.0, 3.0);
+        assert!(x.iter().all(|x| (-3.0..=3.0).contains(x)) && x.iter().any(|&x| x < -2.9));
+        assert!((deviation(&x) - 3.0 / 3f32.sqrt()).abs() < 0.02, "{}", deviation(&x));
     }
 }

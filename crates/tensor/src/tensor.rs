@@ -70,6 +70,12 @@ impl Tensor {
         Arc::<Buffer<f32>>::make_mut(&mut self.data)
     }
 
+    /// Tensors that share the numbers.
+    #[cfg(test)]
+    pub(crate) fn holders(&self) -> usize {
+        Arc::strong_count(&self.data)
+    }
+
     /// The dimensions bound by name: `let [tokens, hidden] = x.dims()?`.
     pub fn dims<const N: usize>(&self) -> Result<[usize; N], TensorError> {
         <[usize; N]>::try_from(&self.shape[..]).map_err(|_| TensorError::Rank { wanted: N, found: self.shape.clone() })
@@ -82,5 +88,29 @@ impl Tensor {
     pub fn reshape(&self, shape: &[usize]) -> Self {
         assert_eq!(shape.iter().product::<usize>(), self.data.len(), "elements of shape {shape:?}");
         Self { shape: shape.to_vec(), data: self.data.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_share_until_one_changes() {
+        let first = Tensor::new(&[2, 2], vec![1.0, 2.0, 3.0, 4.0]);
+        let mut second = first.reshape(&[4]);
+        assert_eq!(first.data().as_ptr(), second.data().as_ptr());
+        second.data_mut()[0] = 9.0;
+        assert_eq!((first.data()[0], second.data()[0]), (1.0, 9.0));
+        let address = second.data().as_ptr();
+        second.data_mut()[0] = 8.0;
+        assert_eq!(second.data().as_ptr(), address, "copied only when shared");
+    }
+
+    #[test]
+    fn another_rank_is_an_error() {
+        let x = Tensor::zeros(&[2, 3]);
+        assert_eq!(x.dims(), Ok([2, 3]));
+        assert_eq!(x.dims::<3>().unwrap_err().to_string(), "wanted 3 dimensions, found shape [2, 3]");
     }
 }

@@ -1,7 +1,10 @@
-//! What several crates' tests share. Unpublished.
+//! What several crates' tests share: gradients against finite differences, bits against bits. Unpublished.
+//!
+//! Everything here works on slices, so that the lowest crates can use it for themselves.
 #![forbid(unsafe_code)]
 
-/// A thread pool of `n` threads, for tests that compare bits between thread counts.
-pub fn threads(n: usize) -> rayon::ThreadPool {
-    rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("a thread pool")
-}
+mod bits;
+mod differences;
+
+pub use bits::{same_bits, same_bits_on_any_threads, threads};
+pub use differences::{check_gradient, compare_gradient};

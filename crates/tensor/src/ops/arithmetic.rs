@@ -1,7 +1,7 @@
 //! Sums: residual additions and the weighted sum of losses.
 
 use super::same_shape;
-use crate::{Graph, Tensor, TensorError, Var};
+use crate::{Graph, Place, Tensor, TensorError, Var};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::select;
 
@@ -10,9 +10,10 @@ pub fn add<'p>(g: &Graph<'p>, a: &Var, b: &Var) -> Result<Var, TensorError> {
     same_shape("add", a.value(), b.value())?;
     let mut out = Buffer::scratch(a.data().len());
     select::add(a.data(), b.data(), &mut out);
-    let inputs = [a.clone(), b.clone()];
+    let (to_a, to_b) = (a.place(), b.place());
     Ok(g.record_from(&[a, b], Tensor::new(a.shape(), out), move |dy, back| {
-        inputs.iter().for_each(|x| back.add(x, dy));
+        back.add(to_a, &dy);
+        back.give(to_b, dy);
     }))
 }
 
@@ -20,22 +21,32 @@ pub fn add<'p>(g: &Graph<'p>, a: &Var, b: &Var) -> Result<Var, TensorError> {
 pub fn scale<'p>(g: &Graph<'p>, x: &Var, factor: f32) -> Var {
     let mut out = Buffer::from_slice(x.data());
     select::scale(&mut out, factor);
-    let input = x.clone();
-    g.record_from(&[x], Tensor::new(x.shape(), out), move |dy, back| {
-        let mut dx = Buffer::from_slice(dy);
-        select::scale(&mut dx, factor);
-        back.add(&input, &dx);
+    let to_x = x.place();
+    g.record_from(&[x], Tensor::new(x.shape(), out), move |mut dy, back| {
+        select::scale(&mut dy, factor);
+        back.give(to_x, dy);
     })
 }
 
 /// The sum of numbers (shape `[1]` each), each with its weight, added in the order given.
 pub fn weighted_sum<'p>(g: &Graph<'p>, terms: &[(f32, &Var)]) -> Var {
     let total = terms.iter().fold(0.0, |sum, (weight, x)| sum + weight * x.data()[0]);
-    let inputs: Vec<(f32, Var)> = terms.iter().map(|&(weight, x)| (weight, x.clone())).collect();
+    let places: Vec<(f32, Place)> = terms.iter().map(|&(weight, x)| (weight, x.place())).collect();
     let vars: Vec<&Var> = terms.iter().map(|(_, x)| *x).collect();
     g.record_from(&vars, Tensor::scalar(total), move |dy, back| {
-        inputs.iter().for_each(|(weight, x)| back.add(x, &[weight * dy[0]]));
+        places.iter().for_each(|&(weight, to_x)| back.add(to_x, &[weight * dy[0]]));
     })
+}
+
+/// The sum of numbers (shape `[1]` each), added in the order given.
+pub fn sum<'p>(g: &Graph<'p>, terms: &[&Var]) -> Var {
+    weighted_sum(g, &terms.iter().map(|&x| (1.0, x)).collect::<Vec<_>>())
+}
+
+/// The mean of numbers (shape `[1]` each); zero of none.
+pub fn mean<'p>(g: &Graph<'p>, terms: &[&Var]) -> Var {
+    let share = 1.0 / terms.len().max(1) as f32;
+    weighted_sum(g, &terms.iter().map(|&x| (share, x)).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
@@ -48,6 +59,24 @@ mod tests {
         check_gradients(&[random(&[3, 5], 1), random(&[3, 5], 2)], |g, x| {
             add(g, &scale(g, &x[0], 1.5), &add(g, &x[1], &x[0]).unwrap()).unwrap()
         });
+    }
+
+    #[test]
+    fn gradients_of_sums_match_finite_differences() {
+        check_gradients(&[random(&[1], 1), random(&[1], 2), random(&[1], 3)], |g, x| {
+            let (sum, mean) = (sum(g, &[&x[0], &x[1]]), mean(g, &[&x[1], &x[2], &x[2]]));
+            weighted_sum(g, &[(0.5, &sum), (-2.0, &mean), (3.0, &x[0])])
+        });
+    }
+
+    #[test]
+    fn sums_on_paper() {
+        let g = Graph::inference(moebius_kernels::gemm::Precision::F32);
+        let [a, b] = [1.0, 4.0].map(|x| Var::constant(Tensor::scalar(x)));
+        assert_eq!(sum(&g, &[&a, &b]).data(), [5.0]);
+        assert_eq!(mean(&g, &[&a, &b]).data(), [2.5]);
+        assert_eq!(mean(&g, &[]).data(), [0.0]);
+        assert_eq!(weighted_sum(&g, &[(2.0, &a), (-1.0, &b)]).data(), [-2.0]);
     }
 
     #[test]

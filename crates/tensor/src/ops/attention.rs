@@ -38,9 +38,9 @@ pub fn attention<'p>(
         let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Buffer::zeroed(x.data().len()));
         let saved =
             Saved { q: q.data(), k: k.data(), v: v.data(), sequence_starts: &starts, out: saved_out.data(), lse: &lse };
-        attention_backward(&shape, &saved, dy, &mut dq, &mut dk, &mut dv);
+        attention_backward(&shape, &saved, &dy, &mut dq, &mut dk, &mut dv);
         for (x, dx) in [(q, dq), (k, dk), (v, dv)] {
-            back.add(x, &dx);
+            back.give(x, dx);
         }
     }))
 }

@@ -53,7 +53,7 @@ pub fn linear_cross_entropy<'p>(
     }
     let mean = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / counted as f64;
     let Some((mut dx, mut dw)) = made else { return Ok(Var::constant(Tensor::scalar(mean as f32))) };
-    let input = x.clone();
+    let to_x = x.place();
     Ok(g.record(Tensor::scalar(mean as f32), move |dloss, back| {
         if rows == 0 {
             return;
@@ -62,18 +62,35 @@ pub fn linear_cross_entropy<'p>(
             select::scale(&mut dx, dloss[0]);
             select::scale(&mut dw, dloss[0]);
         }
-        back.add(&input, &dx);
-        match back.weight(weight) {
-            (gradient, Beta::Overwrite) => gradient.copy_from_slice(&dw),
-            (gradient, Beta::Accumulate) => select::add_assign(gradient, &dw),
-        }
+        back.give(to_x, dx);
+        back.give_weight(weight, dw);
+    }))
+}
+
+/// Mean over rows of −log softmax(logits)`[target]` in nats, of logits that are there already; targets as in
+/// [`linear_cross_entropy`], which needs less memory where the logits are a product.
+///
+/// # Shapes
+/// logits `[rows, classes]`, targets `[rows]`, result `[1]`.
+pub fn cross_entropy<'p>(g: &Graph<'p>, logits: &Var, targets: &[u32]) -> Result<Var, TensorError> {
+    let [rows, _] = logits.dims()?;
+    assert_eq!(rows, targets.len(), "a target for each row");
+    let counted = targets.iter().filter(|&&target| target != IGNORED).count().max(1);
+    let mut losses = vec![0.0; rows];
+    loss::cross_entropy_rows(logits.data(), targets, &mut losses);
+    let mean = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / counted as f64;
+    let (input, targets) = (logits.clone(), targets.to_vec());
+    Ok(g.record_from(&[logits], Tensor::scalar(mean as f32), move |dloss, back| {
+        let mut dlogits = Buffer::from_slice(input.data());
+        loss::cross_entropy_rows_backward_in_place(&mut dlogits, &targets, dloss[0] / counted as f32);
+        back.give(&input, dlogits);
     }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{check_gradients_with_params, random};
+    use crate::ops::testing::{check_gradients, check_gradients_with_params, random};
     use moebius_kernels::gemm::Precision;
 
     #[test]
@@ -81,6 +98,44 @@ mod tests {
         check_gradients_with_params(&[random(&[5, 4], 1)], &[random(&[7, 4], 2)], |g, x, w| {
             linear_cross_entropy(g, &x[0], &w[0], &[6, 0, IGNORED, 3, 3]).unwrap()
         });
+    }
+
+    #[test]
+    fn gradients_of_given_logits_match_finite_differences() {
+        check_gradients(&[random(&[5, 7], 1)], |g, x| cross_entropy(g, &x[0], &[6, 0, IGNORED, 3, 3]).unwrap());
+    }
+
+    #[test]
+    fn one_operation_or_two_give_the_same() {
+        let (x, targets) = (Var::constant(random(&[700, 12], 1)), (0..700).map(|i| i % 9).collect::<Vec<u32>>());
+        let weight = Param::new(0, "head", random(&[9, 12], 2));
+        let g = Graph::inference(Precision::F32);
+        let fused = linear_cross_entropy(&g, &x, &weight, &targets).unwrap();
+        let logits = crate::ops::linear(&g, &x, &weight).unwrap();
+        assert_eq!(cross_entropy(&g, &logits, &targets).unwrap().data(), fused.data());
+        // The loss is the same bits when the gradient is made along with it.
+        let g = Graph::training(Precision::F32);
+        assert_eq!(linear_cross_entropy(&g, &x, &weight, &targets).unwrap().data(), fused.data());
+    }
+
+    #[test]
+    fn nothing_to_predict_costs_nothing() {
+        let weight = Param::new(0, "head", random(&[9, 4], 2));
+        for targets in [&[][..], &[IGNORED; 3]] {
+            let (g, mut gradients) = (Graph::training(Precision::F32), crate::Gradients::new());
+            let x = g.variable(random(&[targets.len(), 4], 1));
+            let loss = linear_cross_entropy(&g, &x, &weight, targets).unwrap();
+            assert_eq!(loss.data(), [0.0]);
+            let leaves = g.backward(&loss, &mut gradients);
+            assert!(
+                leaves
+                    .get(&x)
+                    .unwrap_or_default()
+                    .iter()
+                    .chain(gradients.get(0).unwrap_or_default())
+                    .all(|&d| d == 0.0)
+            );
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub fn embedding<'p>(g: &Graph<'p>, ids: &[u32], table: &'p Param) -> Result<Var
     select::gather_rows(table.value().data(), hidden, ids, &mut out);
     let ids = ids.to_vec();
     Ok(g.record(Tensor::new(&[ids.len(), hidden], out), move |dy, back| {
-        select::embedding_backward(dy, hidden, &ids, back.weight_sum(table));
+        select::embedding_backward(&dy, hidden, &ids, back.weight_sum(table));
     }))
 }
 

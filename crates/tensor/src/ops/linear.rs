@@ -25,7 +25,7 @@ fn linear_in<'p>(g: &Graph<'p>, precision: Precision, x: &Var, weight: &'p Param
     matmul_packed(Mat::new(x.data(), rows, inner), &weight.packed_forward(precision)[0], &mut y, Beta::Overwrite);
     let input = x.clone();
     Ok(g.record(Tensor::new(&[rows, out], y), move |dy, back| {
-        let dy = Mat::new(dy, rows, out);
+        let dy = Mat::new(&dy, rows, out);
         if let Some((dx, beta)) = back.of(&input) {
             matmul_packed(dy, &weight.packed_backward(precision)[0], dx, beta);
         }

@@ -9,9 +9,9 @@ mod norm;
 mod rope;
 mod swiglu;
 
-pub use arithmetic::{add, scale, weighted_sum};
+pub use arithmetic::{add, mean, scale, sum, weighted_sum};
 pub use attention::attention;
-pub use cross_entropy::linear_cross_entropy;
+pub use cross_entropy::{cross_entropy, linear_cross_entropy};
 pub use embedding::embedding;
 pub use linear::{linear, linear_f32};
 pub use norm::rms_norm;
@@ -40,4 +40,4 @@ fn same_shape(what: &'static str, wanted: &Tensor, found: &Tensor) -> Result<(),
 }
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

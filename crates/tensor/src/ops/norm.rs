@@ -26,7 +26,7 @@ pub fn rms_norm<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param, eps: f32) -> Resu
                 &mut unwanted
             }
         };
-        norm::rms_norm_backward(dy, input.data(), weight.value().data(), &inv_rms, dx, &mut dweight);
+        norm::rms_norm_backward(&dy, input.data(), weight.value().data(), &inv_rms, dx, &mut dweight);
         moebius_kernels::select::add_assign(back.weight_sum(weight), &dweight);
     }))
 }

@@ -22,12 +22,11 @@ pub fn rope<'p>(
     assert_eq!(rows, positions.len(), "a position for each token");
     let mut y = Buffer::from_slice(x.data());
     rotate(&mut y, heads, head_dim, positions, table, false);
-    let (input, positions, table) = (x.clone(), positions.to_vec(), table.clone());
-    Ok(g.record_from(&[x], Tensor::new(x.shape(), y), move |dy, back| {
+    let (to_x, positions, table) = (x.place(), positions.to_vec(), table.clone());
+    Ok(g.record_from(&[x], Tensor::new(x.shape(), y), move |mut dy, back| {
         // A rotation's transpose is the rotation back.
-        let mut dx = Buffer::from_slice(dy);
-        rotate(&mut dx, heads, head_dim, &positions, &table, true);
-        back.add(&input, &dx);
+        rotate(&mut dy, heads, head_dim, &positions, &table, true);
+        back.give(to_x, dy);
     }))
 }
 

@@ -16,8 +16,8 @@ pub fn swiglu<'p>(g: &Graph<'p>, gate_up: &Var) -> Result<Var, TensorError> {
     let input = gate_up.clone();
     Ok(g.record_from(&[gate_up], Tensor::new(&[rows, width], out), move |dy, back| {
         let mut dx = Buffer::scratch(rows * both);
-        activation::swiglu_backward(dy, input.data(), width, &mut dx);
-        back.add(&input, &dx);
+        activation::swiglu_backward(&dy, input.data(), width, &mut dx);
+        back.give(&input, dx);
     }))
 }
 
