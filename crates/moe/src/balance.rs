@@ -67,3 +67,76 @@ pub fn z_loss<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Router, TopKRouter};
+    use moebius_kernels::gemm::Precision;
+    use moebius_tensor::{Gradients, Param};
+
+    /// A top-k router over 4 experts whose scores are its input, ln of the probabilities given.
+    fn route<'p>(router: &'p TopKRouter, g: &Graph<'p>, probabilities: &[[f32; 4]]) -> Routing {
+        let logits = probabilities.iter().flatten().map(|p| p.ln()).collect::<Vec<_>>();
+        router.route(g, &Var::constant(Tensor::new(&[probabilities.len(), 4], logits))).unwrap()
+    }
+
+    fn router(top_k: usize) -> TopKRouter {
+        let identity = (0..16).map(|i| f32::from(u8::from(i % 5 == 0))).collect::<Vec<_>>();
+        TopKRouter::new(Param::new(0, "gate", Tensor::new(&[4, 4], identity)), top_k, false).unwrap()
+    }
+
+    fn close(found: &[f32], wanted: f32) {
+        assert!((found[0] - wanted).abs() < 1e-5, "{found:?}, wanted {wanted}");
+    }
+
+    #[test]
+    fn balance_on_paper() {
+        let [one, two] = [router(1), router(2)];
+        let g = Graph::inference(Precision::F32);
+        // Each expert is first choice once: f = 1/4 each, so 4 Σ P / 4 = 1, whatever the probabilities.
+        let even = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.1, 0.1, 0.1, 0.7]];
+        close(load_balancing_loss(&g, &[&route(&one, &g, &even)]).data(), 1.0);
+        // All on the first expert: f = (1, 0, 0, 0), P = (0.7, ..): 4 * 0.7.
+        let collapsed = [even[0]; 4];
+        close(load_balancing_loss(&g, &[&route(&one, &g, &collapsed)]).data(), 2.8);
+        // Two choices: f counts both, 4 * (0.7 + 0.1) where all fall on experts 0 and 1.
+        close(load_balancing_loss(&g, &[&route(&two, &g, &collapsed)]).data(), 3.2);
+        // Two layers that collapse onto other experts: pooled, f = (1/2, 1/2, 0, 0), P = (0.4, 0.4, ..).
+        let other = [even[1]; 4];
+        let layers = [route(&one, &g, &collapsed), route(&one, &g, &other)];
+        close(load_balancing_loss(&g, &[&layers[0], &layers[1]]).data(), 4.0 * 0.4);
+        assert_eq!(load_balancing_loss(&g, &[]).data(), [0.0]);
+    }
+
+    #[test]
+    fn z_loss_on_paper() {
+        let router = router(1);
+        let g = Graph::inference(Precision::F32);
+        // The logits are ln p, so their logsumexp is ln 1 = 0; with all scaled by e it is 1.
+        let even = [[0.25; 4]; 3];
+        close(z_loss(&g, &[&route(&router, &g, &even)]).data(), 0.0);
+        let raised = [[0.25 * std::f32::consts::E; 4]; 3];
+        close(z_loss(&g, &[&route(&router, &g, &raised)]).data(), 1.0);
+        // A mean over tokens, not over layers.
+        let layers = [route(&router, &g, &even), route(&router, &g, &raised[..1])];
+        close(z_loss(&g, &[&layers[0], &layers[1]]).data(), 0.25);
+        // Large scores do not overflow.
+        let x = Var::constant(Tensor::new(&[1, 4], vec![200.0, 0.0, 0.0, 0.0]));
+        close(z_loss(&g, &[&router.route(&g, &x).unwrap()]).data(), 40000.0);
+        assert_eq!(z_loss(&g, &[]).data(), [0.0]);
+    }
+
+    #[test]
+    fn a_layer_without_tokens_adds_nothing() {
+        let router = router(2);
+        let (g, mut gradients) = (Graph::training(Precision::F32), Gradients::new());
+        let layers = [route(&router, &g, &[[0.4, 0.3, 0.2, 0.1]]), route(&router, &g, &[])];
+        let both: Vec<Var> = [load_balancing_loss, z_loss].map(|loss| loss(&g, &[&layers[0], &layers[1]])).into();
+        for (loss, both) in [load_balancing_loss, z_loss].iter().zip(&both) {
+            assert_eq!(loss(&g, &[&layers[0]]).data(), both.data());
+        }
+        g.backward_from(&[(&both[0], &[1.0]), (&both[1], &[1.0])], &mut gradients);
+        assert!(gradients.get(0).is_some());
+    }
+}

@@ -218,20 +218,85 @@ mod tests {
         assert_eq!((plan.n_tokens(), plan.counts()), (0, vec![0, 0, 0]));
     }
 
+    #[test]
+    fn tokens_may_have_different_numbers_of_experts() {
+        // Expert 0 takes tokens 1 and 2, expert 1 token 1; token 0 goes nowhere.
+        let plan = Plan::from_rows(3, vec![0, 2, 3], vec![1, 2, 1], vec![1, 0, 0]).unwrap();
+        assert_eq!((plan.n_tokens(), plan.n_experts(), plan.n_assignments()), (3, 2, 3));
+        assert_eq!(plan.rows_of_token(), (&[0, 0, 2, 3][..], &[2, 0, 1][..]));
+    }
+
+    #[test]
+    fn contradictory_rows_are_refused() {
+        let message = |offsets: &[usize], token: &[u32], slot: &[u32]| {
+            Plan::from_rows(2, offsets.to_vec(), token.to_vec(), slot.to_vec()).unwrap_err().to_string()
+        };
+        assert_eq!(message(&[0, 1], &[2], &[0]), "routing plan: row 0: token 2 of 2");
+        assert_eq!(message(&[0, 1], &[u32::MAX], &[0]), "routing plan: row 0: token 4294967295 of 2");
+        assert_eq!(message(&[0, 2], &[1, 0], &[0, 0]), "routing plan: expert 0: token 0 stands after token 1");
+        assert_eq!(message(&[0, 2], &[1, 1], &[0, 1]), "routing plan: expert 0: token 1 stands after token 1");
+        assert_eq!(message(&[0, 1], &[1], &[1]), "routing plan: row 0: slot 1 of the 1 of token 1");
+        assert_eq!(
+            message(&[0, 1, 2], &[1, 1], &[0, 0]),
+            "routing plan: token 1, slot 0: row 0 by expert, row 1 by token"
+        );
+        assert_eq!(message(&[0, 1], &[1], &[]), "routing plan: 0 slots for 1 rows");
+        assert_eq!(message(&[0, 2], &[1], &[0]), "routing plan: offsets of experts from 0 to 2 for 1 rows");
+        assert_eq!(message(&[1, 1], &[1], &[0]), "routing plan: offsets of experts from 1 to 1 for 1 rows");
+        assert_eq!(message(&[0, 2, 1], &[1], &[0]), "routing plan: offsets of experts: 1 after 2");
+        assert_eq!(message(&[], &[], &[]), "routing plan: 0 offsets for 0 experts");
+    }
+
+    #[test]
+    fn every_field_that_is_tampered_with_is_found_out() {
+        type Tamper = fn(&mut Plan);
+        let plan = Plan::from_choices(4, 2, &[2, 0, 0, 3, 3, 2]).unwrap();
+        assert_eq!(plan.validate(), Ok(()));
+        let tampers: [(&str, Tamper); 16] = [
+            ("n_tokens", |plan| plan.n_tokens += 1),
+            ("n_tokens", |plan| plan.n_tokens -= 1),
+            ("n_experts", |plan| plan.n_experts += 1),
+            ("n_experts", |plan| plan.n_experts = 0),
+            ("offsets, shorter", |plan| plan.offsets.truncate(3)),
+            ("offsets, falling", |plan| plan.offsets[1] = 5),
+            ("offsets, first", |plan| plan.offsets[0] = 1),
+            ("offsets, last", |plan| plan.offsets[4] = 5),
+            ("token, one less", |plan| plan.token.truncate(5)),
+            ("token, order", |plan| plan.token.swap(0, 1)),
+            ("slot, one more", |plan| plan.slot.push(0)),
+            ("slot", |plan| plan.slot[0] = 0),
+            ("token_offsets, shorter", |plan| plan.token_offsets.truncate(2)),
+            ("token_offsets", |plan| plan.token_offsets[1] = 1),
+            ("token_rows, one less", |plan| plan.token_rows.truncate(5)),
+            ("token_rows, order", |plan| plan.token_rows.swap(0, 1)),
+        ];
+        for (what, tamper) in tampers {
+            let mut plan = plan.clone();
+            tamper(&mut plan);
+            assert!(plan.validate().is_err(), "{what}");
+        }
+    }
+
+    /// Choices of `k` distinct experts for each token.
+    fn choices(n_experts: usize, k: usize, tokens: usize, seed: u64) -> Vec<u32> {
+        let mut rng = moebius_tensor::Rng::new(seed);
+        let mut index = Vec::new();
+        for _ in 0..tokens {
+            let mut experts: Vec<u32> = (0..n_experts as u32).collect();
+            for slot in 0..k {
+                let other = slot + rng.below(n_experts - slot);
+                experts.swap(slot, other);
+            }
+            index.extend(&experts[..k]);
+        }
+        index
+    }
+
     proptest! {
         #[test]
         fn every_choice_has_one_row(n_experts in 1usize..9, tokens in 0usize..40, seed in 0u64..1000) {
             let k = 1 + seed as usize % n_experts;
-            let mut rng = moebius_tensor::Rng::new(seed);
-            let mut index = Vec::new();
-            for _ in 0..tokens {
-                let mut experts: Vec<u32> = (0..n_experts as u32).collect();
-                for slot in 0..k {
-                    let other = slot + rng.below(n_experts - slot);
-                    experts.swap(slot, other);
-                }
-                index.extend(&experts[..k]);
-            }
+            let index = choices(n_experts, k, tokens, seed);
             let plan = Plan::from_choices(n_experts, k, &index).unwrap();
             prop_assert_eq!(plan.counts().iter().sum::<usize>(), tokens * k);
             for expert in 0..n_experts {
@@ -243,6 +308,41 @@ mod tests {
                     prop_assert_eq!(plan.rows_of_token().1[token * k + slot], row as u32);
                 }
             }
+            prop_assert_eq!(plan.validate(), Ok(()));
+            let (offsets, token, slot) = (plan.offsets.clone(), plan.token.clone(), plan.slot.clone());
+            prop_assert_eq!(Plan::from_rows(tokens, offsets, token, slot).unwrap(), plan);
+        }
+
+        /// Another number anywhere in the rows contradicts the rest.
+        #[test]
+        fn a_single_changed_number_is_found_out(
+            tokens in 1usize..20, seed in 0u64..1000, field in 0usize..3, at in 0usize..1000, number in 0u32..50,
+        ) {
+            let k = 1 + seed as usize % 5;
+            let mut plan = Plan::from_choices(5, k, &choices(5, k, tokens, seed)).unwrap();
+            let numbers = [&mut plan.token, &mut plan.slot, &mut plan.token_rows].into_iter().nth(field).unwrap();
+            let at = at % numbers.len();
+            prop_assume!(numbers[at] != number);
+            numbers[at] = number;
+            prop_assert!(plan.validate().is_err());
+        }
+
+        /// Rows that identity experts would answer with, summed with weights that sum to one, are the tokens again. The
+        /// weights are powers of two, so that not even rounding comes between.
+        #[test]
+        fn combining_what_was_dispatched_gives_it_back(tokens in 0usize..30, seed in 0u64..1000, width in 1usize..40) {
+            use moebius_kernels::select::{gather_rows, scatter_weighted};
+            let k = [1, 2, 4][seed as usize % 3];
+            let plan = Plan::from_choices(6, k, &choices(6, k, tokens, seed)).unwrap();
+            let mut x = vec![0.0; tokens * width];
+            moebius_tensor::Rng::new(seed).fill_normal(&mut x, 1.0);
+            let mut rows = vec![f32::NAN; plan.n_assignments() * width];
+            gather_rows(&x, width, plan.token(), &mut rows);
+            let weights = vec![1.0 / k as f32; plan.n_assignments()];
+            let (offsets, token_rows) = plan.rows_of_token();
+            let mut combined = vec![f32::NAN; x.len()];
+            scatter_weighted(&rows, width, offsets, token_rows, &weights, &mut combined);
+            prop_assert_eq!(combined, x);
         }
     }
 }

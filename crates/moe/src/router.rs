@@ -182,6 +182,40 @@ mod tests {
     }
 
     #[test]
+    fn a_router_without_gradient_is_refused_before_it_is_recomputed() {
+        let router = router(1, true);
+        let g = Graph::training(Precision::F32);
+        let x = g.variable(Tensor::zeros(&[1, 3]));
+        let error = g.checkpoint(&x, |g, x| router.route(g, x).map(|routing| vec![routing.weights])).unwrap_err();
+        assert_eq!(error, MoeError::NoRouterGradient);
+        assert!(error.to_string().contains("use raw weights or at least two choices"));
+    }
+
+    #[test]
+    fn routing_is_f32_whatever_the_precision() {
+        let mut data = vec![0.0; 64 * 96];
+        moebius_tensor::Rng::new(3).fill_normal(&mut data, 1.0);
+        let weight = Tensor::new(&[8, 96], data[..8 * 96].to_vec());
+        let router = TopKRouter::new(Param::new(0, "gate", weight), 2, true).unwrap();
+        let x = Var::constant(Tensor::new(&[64, 96], data));
+        let [full, half] = [Precision::F32, Precision::Bf16].map(|p| router.route(&Graph::inference(p), &x).unwrap());
+        moebius_testkit::same_bits("logits", half.logits.data(), full.logits.data());
+        moebius_testkit::same_bits("weights", half.weights.data(), full.weights.data());
+        assert_eq!(half.plan, full.plan);
+    }
+
+    #[test]
+    fn weights_stand_in_the_plans_order() {
+        let x = Var::constant(Tensor::new(&[2, 3], vec![0.0, 1.0, 3.0, 2.0, 0.0, 1.0]));
+        let routing = router(2, true).route(&Graph::inference(Precision::F32), &x).unwrap();
+        assert_eq!(routing.topk_index, [2, 1, 0, 2]);
+        for row in 0..4 {
+            let (token, slot) = (routing.plan.token()[row] as usize, routing.plan.slot()[row] as usize);
+            assert_eq!(routing.weights.data()[row], routing.topk_weight.data()[token * 2 + slot]);
+        }
+    }
+
+    #[test]
     fn more_choices_than_experts_are_refused() {
         let error = TopKRouter::new(Param::new(0, "gate", Tensor::zeros(&[3, 2])), 4, true).unwrap_err();
         assert_eq!(error.to_string(), "top-k router: wanted 1 to 3 choices a token, found 4");
