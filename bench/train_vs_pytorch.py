@@ -2,7 +2,7 @@
 
     pip install -r bench/requirements.txt
     cargo build --release
-    python bench/train_vs_pytorch.py [--rounds 3] [--steps 12] [--out bench/results/train.json]
+    python bench/train_vs_pytorch.py [--rounds 3] [--steps 12] [--only REGEX] [--out bench/results/train.json]
 
 The model is recipes/small.toml: hidden 256, 6 layers, 8 heads, 8 experts top-2 of 512, vocab 4096, 16 sequences of 256
 tokens a step, two threads, AdamW, gradient clipping, balance loss. PyTorch runs transformers' Mixtral with each of its
@@ -113,6 +113,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--only", default="", help="regular expression: the sides to measure")
     parser.add_argument("--pytorch", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.pytorch:
@@ -120,6 +121,7 @@ def main():
 
     sides = {f"moebius {p}": lambda p=p: measure_moebius(p, arguments.steps) for p in ("bf16", "f32")}
     sides |= {f"pytorch {k} {d}": lambda k=k, d=d: measure_pytorch(k, d, arguments.steps) for k, d in PYTORCH}
+    sides = {name: measure for name, measure in sides.items() if re.search(arguments.only, name)}
     results = {name: {"tokens_per_second": [], "peak_bytes": []} for name in sides}
     for _ in range(arguments.rounds):
         for name, measure in sides.items():

@@ -60,9 +60,9 @@ pub fn z_loss<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
     g.record_from(&vars, Tensor::scalar(value as f32), move |dloss, back| {
         for ((to_logits, probabilities, experts), lse) in inputs.iter().zip(&lse) {
             // d lse² / d logit = 2 lse p.
-            let factor = 2.0 * dloss[0] / tokens as f32;
+            let dloss = dloss[0];
             let slopes = (probabilities.data().chunks_exact(*experts).zip(lse))
-                .flat_map(|(row, &z)| row.iter().map(move |&p| factor * z * p));
+                .flat_map(|(row, &z)| row.iter().map(move |&p| 2.0 * z * p * dloss / tokens as f32));
             back.give(*to_logits, slopes.collect::<Buffer<f32>>());
         }
     })
