@@ -13,7 +13,8 @@ pub(super) const ALIGNMENT: usize = 64;
 const HUGE_PAGE: usize = 2 << 20;
 /// Size classes: four to each doubling, from 64 bytes on.
 const CLASSES: usize = 4 * 48;
-/// Up to here freed memory is always kept; above, as long as it is less than what is in use.
+/// Up to here freed memory is always kept; above, as long as it is less than the most that was ever in use: a step
+/// that frees all it took finds it again in the next one.
 const ALWAYS_KEPT: usize = 256 << 20;
 
 /// Bytes held by the pool of [`Buffer`](super::Buffer)s.
@@ -91,7 +92,7 @@ impl Block {
         let size = class_size(self.class);
         let mut pool = lock();
         pool.statistics.used -= size;
-        if pool.statistics.kept + size <= ALWAYS_KEPT.max(pool.statistics.used) {
+        if pool.statistics.kept + size <= ALWAYS_KEPT.max(pool.statistics.peak_used) {
             pool.statistics.kept += size;
             let class = self.class;
             pool.free[class].push(self);
