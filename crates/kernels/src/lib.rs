@@ -9,6 +9,7 @@ pub mod memory;
 pub mod norm;
 pub mod optimizer;
 pub mod parallel;
+pub mod quantised;
 pub mod rope;
 pub mod select;
 mod simd;
