@@ -64,25 +64,69 @@ impl Activations {
 }
 
 fn quantise_row(isa: Isa, x: &[f32], bias: i32, halves: bool, records: &mut [Record]) {
+    let (whole, padding) = records.split_at_mut(x.len() / BLOCK);
+    padding.fill(bytemuck::Zeroable::zeroed());
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `isa` is of this machine.
-        Isa::Avx512 | Isa::Amx => unsafe { quantise_row_avx512(x, bias, halves, records) },
+        Isa::Avx512 | Isa::Amx => unsafe { quantise_row_avx512(x, bias, halves, whole) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `isa` is of this machine.
-        Isa::Avx2 => unsafe { quantise_row_avx2(x, bias, halves, records) },
-        _ => quantise_row_any(x, bias, halves, records),
+        Isa::Avx2 => unsafe { quantise_row_avx2(x, bias, halves, whole) },
+        _ => quantise_row_any(x, bias, halves, whole),
     }
 }
 
-/// [`quantise_row_any`], compiled for AVX-512.
+/// The scale and its inverse of a block whose largest magnitude is `largest`. What is smaller than any activation
+/// counts as zero, so that the inverse stays finite; an infinity makes the block none.
+#[inline(always)]
+fn scale_and_inverse(largest: f32) -> (f32, f32) {
+    const SMALLEST: f32 = 1e-30;
+    if largest < SMALLEST {
+        (0.0, 0.0)
+    } else if largest.is_finite() {
+        (largest / 127.0, 127.0 / largest)
+    } else {
+        (f32::NAN, 0.0)
+    }
+}
+
+#[inline(always)]
+fn record(codes: [i8; BLOCK], sums: [i32; 2], scale: f32, bias: i32, halves: bool) -> Record {
+    let sum = sums[0] + sums[1];
+    let start = if halves { sums.map(|sum| -bias * sum) } else { [-bias * sum, 0] };
+    Record { codes, scale, start, sum: scale * sum as f32 }
+}
+
+/// As [`quantise_row_any`].
 ///
 /// # Safety
 /// The machine has AVX-512.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn quantise_row_avx512(x: &[f32], bias: i32, halves: bool, records: &mut [Record]) {
-    quantise_row_any(x, bias, halves, records);
+    use std::arch::x86_64::*;
+    for (values, target) in x.as_chunks::<BLOCK>().0.iter().zip(records) {
+        let mut codes = [0i8; BLOCK];
+        // SAFETY: `values` and `codes` are two halves of sixteen each.
+        unsafe {
+            let halves_of = [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))];
+            let strange = halves_of.map(|half| _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(half, half));
+            let [low, high] = halves_of.map(|half| _mm512_abs_ps(half));
+            let largest = if strange == [0, 0] { _mm512_reduce_max_ps(_mm512_max_ps(low, high)) } else { f32::NAN };
+            let (scale, inverse) = scale_and_inverse(largest);
+            let mut sums = [0; 2];
+            for (half, values) in halves_of.into_iter().enumerate() {
+                let scaled = _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(inverse)));
+                sums[half] = _mm512_reduce_add_epi32(scaled);
+                _mm_storeu_si128(codes.as_mut_ptr().add(half * 16).cast(), _mm512_cvtepi32_epi8(scaled));
+            }
+            if scale.is_nan() {
+                (codes, sums) = ([0; BLOCK], [0; 2]);
+            }
+            *target = record(codes, sums, scale, bias, halves);
+        }
+    }
 }
 
 /// [`quantise_row_any`], compiled for AVX2.
@@ -98,43 +142,30 @@ unsafe fn quantise_row_avx2(x: &[f32], bias: i32, halves: bool, records: &mut [R
 /// No operation here depends on the width of registers: maxima and integer sums are exact in any order.
 #[inline(always)]
 fn quantise_row_any(x: &[f32], bias: i32, halves: bool, records: &mut [Record]) {
-    let (whole, padding) = records.split_at_mut(x.len() / BLOCK);
-    for (values, record) in x.chunks_exact(BLOCK).zip(whole) {
-        let values: &[f32; BLOCK] = values.try_into().expect("a whole block");
-        *record = quantise_block(values, bias, halves);
+    for (values, target) in x.as_chunks::<BLOCK>().0.iter().zip(records) {
+        *target = quantise_block(values, bias, halves);
     }
-    padding.fill(bytemuck::Zeroable::zeroed());
 }
 
 #[inline(always)]
 fn quantise_block(values: &[f32; BLOCK], bias: i32, halves: bool) -> Record {
     let mut lanes = [0.0f32; 16];
+    let mut strange = 0;
     for (lane, (a, b)) in lanes.iter_mut().zip(values[..16].iter().zip(&values[16..])) {
+        strange |= u32::from(a.is_nan()) | u32::from(b.is_nan());
         let (a, b) = (a.abs(), b.abs());
         *lane = if a > b { a } else { b };
     }
-    let mut width = 8;
-    while width > 0 {
-        for lane in 0..width {
-            let other = lanes[lane + width];
-            lanes[lane] = if lanes[lane] > other { lanes[lane] } else { other };
-        }
-        width /= 2;
-    }
-    let largest = lanes[0];
-    let scale = largest / 127.0;
-    let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
+    let largest = lanes.into_iter().fold(0.0, |largest, lane| if lane > largest { lane } else { largest });
+    let (scale, inverse) = scale_and_inverse(if strange == 0 { largest } else { f32::NAN });
     let mut codes = [0i8; BLOCK];
-    for (code, value) in codes.iter_mut().zip(values) {
-        *code = (value * inverse + ROUND).to_bits() as i8;
+    if !scale.is_nan() {
+        for (code, value) in codes.iter_mut().zip(values) {
+            *code = (value * inverse + ROUND).to_bits() as i8;
+        }
     }
     let half = |codes: &[i8]| codes.iter().map(|&code| i32::from(code)).sum::<i32>();
-    let sums = [half(&codes[..16]), half(&codes[16..])];
-    let sum = sums[0] + sums[1];
-    let start = if halves { sums.map(|sum| -bias * sum) } else { [-bias * sum, 0] };
-    // A number that is none makes the whole block none: it must not pass as a small integer.
-    let scale = if values.iter().any(|value| value.is_nan()) { f32::NAN } else { scale };
-    Record { codes, scale, start, sum: scale * sum as f32 }
+    record(codes, [half(&codes[..16]), half(&codes[16..])], scale, bias, halves)
 }
 
 #[cfg(test)]
@@ -158,15 +189,24 @@ mod tests {
 
     #[test]
     fn zeros_tiny_numbers_and_strange_ones() {
-        assert_eq!(quantise_block(&[0.0; BLOCK], 8, false).scale, 0.0);
-        // A scale too small for its inverse: the block counts as it is, without an infinity.
-        let tiny = quantise_block(&[f32::from_bits(3); BLOCK], 8, false);
-        assert!(tiny.scale * f32::from(tiny.codes[0]) <= f32::from_bits(400));
-        let mut values = [1.0; BLOCK];
-        values[31] = f32::NAN;
-        assert!(quantise_block(&values, 8, false).scale.is_nan());
-        values[31] = f32::INFINITY;
-        let record = quantise_block(&values, 8, false);
-        assert!((record.scale * f32::from(record.codes[31])).is_infinite() || record.scale.is_infinite());
+        for isa in Isa::available() {
+            let quantise = |values: [f32; BLOCK]| {
+                let mut records = [bytemuck::Zeroable::zeroed(); 2];
+                quantise_row(isa, &values, 8, false, &mut records);
+                assert_eq!((records[1].scale, records[1].codes), (0.0, [0; BLOCK]), "padding");
+                records[0]
+            };
+            for small in [0.0, f32::from_bits(3), 1e-38] {
+                assert_eq!((quantise([small; BLOCK]).scale, quantise([small; BLOCK]).codes), (0.0, [0; BLOCK]));
+            }
+            for strange in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                for place in [0, 16, 31] {
+                    let mut values = [1.0; BLOCK];
+                    values[place] = strange;
+                    let record = quantise(values);
+                    assert!(record.scale.is_nan() && record.codes == [0; BLOCK], "{isa} {strange} at {place}");
+                }
+            }
+        }
     }
 }

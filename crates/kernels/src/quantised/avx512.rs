@@ -8,8 +8,8 @@ use super::layout::{GROUPS, LANES, Layout};
 
 /// Rows that one call takes at most.
 pub(super) const ROWS: usize = 12;
-/// Rows whose sums are in flight together: their chains of additions hide each other's latency.
-const FLIGHT: usize = 4;
+/// With so few rows the weights come from memory faster than they are used.
+const STREAMING_ROWS: usize = 4;
 /// How far ahead of the codes in use memory is asked for, in bytes.
 const AHEAD: usize = 4096;
 
@@ -46,45 +46,41 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
     // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
     unsafe {
         for index in 0..tile.units {
-            if N <= FLIGHT {
+            if N <= STREAMING_ROWS {
                 for line in 0..L::UNIT_BYTES / 64 {
                     _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
                 }
             }
             for block in 0..L::UNIT_BLOCKS {
-                let codes = L::codes_512(unit, block);
-                let scales = [L::scales_512(unit, block, 0), L::scales_512(unit, block, usize::from(L::HALVES))];
-                let mins = L::mins_512(unit, block);
-                let at = index * L::UNIT_BLOCKS + block;
-                for first in (0..N).step_by(FLIGHT) {
-                    let last = if first + FLIGHT < N { first + FLIGHT } else { N };
-                    let mut products = [_mm512_setzero_si512(); FLIGHT];
-                    for (half, scale) in scales.iter().enumerate() {
-                        if half == 0 || L::HALVES {
-                            for row in first..last {
-                                products[row - first] = _mm512_set1_epi32((*records[row].add(at)).start[half]);
-                            }
-                        }
-                        for group in half * GROUPS / 2..(half + 1) * GROUPS / 2 {
-                            for row in first..last {
-                                let words: *const i32 = (&raw const (*records[row].add(at)).codes).cast();
-                                let a = _mm512_set1_epi32(words.add(group).read());
-                                products[row - first] = _mm512_dpbusd_epi32(products[row - first], codes[group], a);
-                            }
-                        }
-                        if half == 1 || L::HALVES {
-                            for row in first..last {
-                                let scale = _mm512_mul_ps(*scale, _mm512_set1_ps((*records[row].add(at)).scale));
-                                sums[row] =
-                                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[row - first]), scale, sums[row]);
-                            }
+                let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
+                let mut products = [_mm512_setzero_si512(); N];
+                for half in 0..2 {
+                    // Half of the codes at a time, so that all rows' sums and products fit into the registers too.
+                    let codes = L::codes_512(unit, block, half);
+                    if half == 0 || L::HALVES {
+                        for (product, record) in products.iter_mut().zip(records) {
+                            *product = _mm512_set1_epi32(record.start[half]);
                         }
                     }
-                    if L::AFFINE {
-                        for row in first..last {
-                            let sum = _mm512_set1_ps((*records[row].add(at)).sum);
-                            sums[row] = _mm512_fnmadd_ps(mins, sum, sums[row]);
+                    for (group, codes) in codes.into_iter().enumerate() {
+                        for (product, record) in products.iter_mut().zip(records) {
+                            let words: *const i32 = record.codes.as_ptr().cast();
+                            let a = _mm512_set1_epi32(words.add(half * GROUPS / 2 + group).read());
+                            *product = _mm512_dpbusd_epi32(*product, codes, a);
                         }
+                    }
+                    if half == 1 || L::HALVES {
+                        let scales = L::scales_512(unit, block, if L::HALVES { half } else { 0 });
+                        for ((sum, product), record) in sums.iter_mut().zip(products).zip(records) {
+                            let scale = _mm512_mul_ps(scales, _mm512_set1_ps(record.scale));
+                            *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, *sum);
+                        }
+                    }
+                }
+                if L::AFFINE {
+                    let mins = L::mins_512(unit, block);
+                    for (sum, record) in sums.iter_mut().zip(records) {
+                        *sum = _mm512_fnmadd_ps(mins, _mm512_set1_ps(record.sum), *sum);
                     }
                 }
             }

@@ -59,12 +59,12 @@ pub(super) trait Layout: 'static {
         [0.0; LANES]
     }
 
-    /// As [`Layout::codes`].
+    /// Groups 0 to 3 of a block (half 0), or 4 to 7.
     ///
     /// # Safety
     /// `unit` is readable, and the machine has AVX-512.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn codes_512(unit: *const u8, block: usize) -> [__m512i; GROUPS];
+    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2];
     /// As [`Layout::scales`].
     ///
     /// # Safety
@@ -141,20 +141,19 @@ pub(super) fn halves(row: &[u8]) -> [f32; LANES] {
 pub(super) mod x86 {
     use std::arch::x86_64::*;
 
-    /// The eight groups that [`super::put_nibbles`] wrote.
+    /// Half of the groups that [`super::put_nibbles`] wrote.
     ///
     /// # Safety
     /// 256 bytes are readable at `block`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(in super::super) unsafe fn nibbles_512(block: *const u8) -> [__m512i; 8] {
+    pub(in super::super) unsafe fn nibbles_512(block: *const u8, half: usize) -> [__m512i; 4] {
         let mask = _mm512_set1_epi8(15);
-        let mut groups = [_mm512_setzero_si512(); 8];
-        for group in 0..4 {
+        let mut groups = [_mm512_setzero_si512(); 4];
+        for (group, codes) in groups.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
             let pairs = unsafe { _mm512_loadu_si512(block.add(group * 64).cast()) };
-            groups[group] = _mm512_and_si512(pairs, mask);
-            groups[group + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(pairs), mask);
+            *codes = _mm512_and_si512(if half == 0 { pairs } else { _mm512_srli_epi16::<4>(pairs) }, mask);
         }
         groups
     }

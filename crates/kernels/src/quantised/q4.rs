@@ -123,10 +123,10 @@ impl<C: Codebook> Layout for Q4<C> {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn codes_512(unit: *const u8, block: usize) -> [__m512i; GROUPS] {
+    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2] {
         // SAFETY: inside the unit.
         unsafe {
-            let mut groups = x86::nibbles_512(unit.add(CODES + block * BLOCK_BYTES));
+            let mut groups = x86::nibbles_512(unit.add(CODES + block * BLOCK_BYTES), half);
             if !C::LINEAR {
                 let table = Self::table_512();
                 for group in &mut groups {

@@ -75,20 +75,22 @@ impl Layout for Q6K {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn codes_512(unit: *const u8, block: usize) -> [__m512i; GROUPS] {
+    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2] {
         // SAFETY: inside the unit.
         unsafe {
-            let mut groups = x86::nibbles_512(unit.add(LOW + block * LOW_BYTES));
+            let mut groups = x86::nibbles_512(unit.add(LOW + block * LOW_BYTES), half);
             let mask = _mm512_set1_epi8(0x30);
             let high = unit.add(HIGH + block * HIGH_BYTES);
             for parity in 0..2 {
                 let bits = _mm512_loadu_si512(high.add(parity * 64).cast());
-                let shifted =
-                    [_mm512_slli_epi16::<4>(bits), _mm512_slli_epi16::<2>(bits), bits, _mm512_srli_epi16::<2>(bits)];
-                for (quarter, bits) in shifted.into_iter().enumerate() {
-                    let group = &mut groups[2 * quarter + parity];
-                    *group = _mm512_or_si512(*group, _mm512_and_si512(bits, mask));
-                }
+                // Groups 0 and 1 have their high bits lowest, then 2 and 3, 4 and 5, 6 and 7.
+                let (first, second) = if half == 0 {
+                    (_mm512_slli_epi16::<4>(bits), _mm512_slli_epi16::<2>(bits))
+                } else {
+                    (bits, _mm512_srli_epi16::<2>(bits))
+                };
+                groups[parity] = _mm512_or_si512(groups[parity], _mm512_and_si512(first, mask));
+                groups[parity + 2] = _mm512_or_si512(groups[parity + 2], _mm512_and_si512(second, mask));
             }
             groups
         }
