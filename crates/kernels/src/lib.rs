@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod formats;
 pub mod gemm;
 pub mod isa;
 pub mod loss;
