@@ -31,17 +31,45 @@ impl<'m> Session<'m> {
     /// # Errors
     /// A token that the model lacks, a sequence longer than its context, and whatever the model reports.
     pub fn read(&mut self, tokens: &[u32], observer: &mut dyn Observer) -> Result<Vec<f32>, EngineError> {
-        if tokens.is_empty() {
+        let mut logits = Self::read_together(&mut [self], &[tokens], observer)?;
+        Ok(logits.pop().expect("one sequence in, one out"))
+    }
+
+    /// Reads tokens of several sequences in one pass over the weights; gives the logits of what may follow each one's
+    /// last token, `[sequences][vocab]`. Each sequence gets the bits that it would get alone.
+    ///
+    /// # Errors
+    /// As [`Session::read`]; then no sequence has moved on.
+    ///
+    /// # Panics
+    /// When the sequences have different models or precisions, or there is not one row of tokens for each.
+    pub fn read_together(
+        sessions: &mut [&mut Session<'m>],
+        tokens: &[&[u32]],
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        assert_eq!(sessions.len(), tokens.len(), "tokens for each sequence");
+        let Some(first) = sessions.first() else { return Ok(Vec::new()) };
+        let (model, precision) = (first.model, first.precision);
+        assert!(sessions.iter().all(|session| std::ptr::eq(session.model, model) && session.precision == precision));
+        if tokens.iter().any(|tokens| tokens.is_empty()) {
             return Err(EngineError::EmptyPrompt);
         }
-        let graph = Graph::inference(self.precision);
-        let batch = Batch::continuing(tokens, self.position);
-        let hidden = self.model.forward(&graph, &batch, Some(&mut self.cache), observer)?;
-        self.position += tokens.len();
-        // The head runs on the one row that is wanted; it gives the same bits as among all rows.
+        let parts: Vec<(&[u32], usize)> =
+            tokens.iter().zip(sessions.iter()).map(|(&tokens, session)| (tokens, session.position)).collect();
+        let batch = Batch::continuing_together(&parts);
+        let graph = Graph::inference(precision);
+        let mut caches: Vec<&mut KvCache> = sessions.iter_mut().map(|session| &mut session.cache).collect();
+        let hidden = model.forward(&graph, &batch, Some(&mut caches), observer)?;
+        for (session, tokens) in sessions.iter_mut().zip(tokens) {
+            session.position += tokens.len();
+        }
+        // The head runs on the rows that are wanted; they get the same bits as among all rows.
         let [_, width] = hidden.dims::<2>()?;
-        let data = hidden.data();
-        let last = Tensor::new(&[1, width], data[data.len() - width..].to_vec());
-        Ok(self.model.logits(&graph, &Var::constant(last)).data().to_vec())
+        let last: Vec<f32> =
+            batch.starts[1..].iter().flat_map(|end| &hidden.data()[(end - 1) * width..end * width]).copied().collect();
+        let last = Tensor::new(&[sessions.len(), width], last);
+        let logits = model.logits(&graph, &Var::constant(last));
+        Ok(logits.data().chunks_exact(model.config.vocab_size).map(<[f32]>::to_vec).collect())
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::cache::LayerCache;
 use crate::{Batch, ModelConfig, ModelError};
-use moebius_kernels::attention::{AttentionShape, attention_cached};
+use moebius_kernels::attention::{AttentionShape, CachedSequence, attention_cached_together};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::rope::RopeTable;
 use moebius_tensor::{Graph, Param, Tensor, Var, ops};
@@ -67,7 +67,7 @@ impl AttentionPlan {
 }
 
 impl Attention {
-    /// Attends within each sequence of the batch; with a cache, also to what its one sequence read before.
+    /// Attends within each sequence of the batch; with caches, one a sequence, also to what each read before.
     ///
     /// # Shapes
     /// x and result `[tokens, hidden]`.
@@ -77,7 +77,7 @@ impl Attention {
         x: &Var,
         plan: &AttentionPlan,
         batch: &Batch,
-        cache: Option<&mut LayerCache>,
+        caches: Option<&mut [&mut LayerCache]>,
     ) -> Result<Var, ModelError> {
         let shape = &plan.shape;
         let table = plan.rope.covering(batch.positions.iter().max().map_or(0, |&last| last as usize + 1));
@@ -85,17 +85,9 @@ impl Attention {
         let q = rotate(ops::linear(g, x, &self.q)?, shape.n_heads)?;
         let k = rotate(ops::linear(g, x, &self.k)?, shape.n_kv_heads)?;
         let v = ops::linear(g, x, &self.v)?;
-        let attended = match cache {
+        let attended = match caches {
             None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,
-            Some(cache) => {
-                let width = shape.n_kv_heads * shape.head_dim;
-                let first_position = cache.keys.len() / width;
-                cache.keys.extend_from_slice(k.data());
-                cache.values.extend_from_slice(v.data());
-                let mut out = Buffer::scratch(q.data().len());
-                attention_cached(shape, q.data(), first_position, &cache.keys, &cache.values, &mut out);
-                Var::constant(Tensor::new(q.shape(), out))
-            }
+            Some(caches) => attend_cached(shape, &q, [k.data(), v.data()], batch, caches),
         };
         Ok(ops::linear(g, &attended, &self.o)?)
     }
@@ -107,4 +99,27 @@ impl Attention {
     pub(crate) fn params_mut(&mut self) -> [&mut Param; 4] {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o]
     }
+}
+
+/// Adds each sequence's keys and values to its cache and attends over it.
+fn attend_cached(
+    shape: &AttentionShape,
+    q: &Var,
+    [k, v]: [&[f32]; 2],
+    batch: &Batch,
+    caches: &mut [&mut LayerCache],
+) -> Var {
+    let width = shape.key_width();
+    let sequences: Vec<CachedSequence<'_>> = (caches.iter_mut().zip(batch.starts.windows(2)))
+        .map(|(cache, bounds)| {
+            let first_position = cache.keys.len() / width;
+            cache.keys.extend_from_slice(&k[bounds[0] * width..bounds[1] * width]);
+            cache.values.extend_from_slice(&v[bounds[0] * width..bounds[1] * width]);
+            let (rows, keys, values) = (bounds[1] - bounds[0], &cache.keys[..], &cache.values[..]);
+            CachedSequence { rows, first_position, keys, values }
+        })
+        .collect();
+    let mut out = Buffer::scratch(q.data().len());
+    attention_cached_together(shape, q.data(), &sequences, &mut out);
+    Var::constant(Tensor::new(q.shape(), out))
 }

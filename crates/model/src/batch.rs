@@ -14,19 +14,23 @@ pub struct Batch {
 impl Batch {
     /// Whole sequences, each from position 0.
     pub fn of_sequences<S: AsRef<[u32]>>(sequences: &[S]) -> Self {
-        let mut batch = Self { tokens: Vec::new(), starts: vec![0], positions: Vec::new() };
-        for sequence in sequences {
-            batch.tokens.extend_from_slice(sequence.as_ref());
-            batch.positions.extend(0..sequence.as_ref().len() as u32);
-            batch.starts.push(batch.tokens.len());
-        }
-        batch
+        Self::continuing_together(&sequences.iter().map(|sequence| (sequence, 0)).collect::<Vec<_>>())
     }
 
     /// More tokens of one sequence of which `first_position` tokens were read before.
     pub fn continuing(tokens: &[u32], first_position: usize) -> Self {
-        let first = first_position as u32;
-        let positions = (first..first + tokens.len() as u32).collect();
-        Self { tokens: tokens.to_vec(), starts: vec![0, tokens.len()], positions }
+        Self::continuing_together(&[(tokens, first_position)])
+    }
+
+    /// More tokens of several sequences, each with the number of its tokens that were read before.
+    pub fn continuing_together<S: AsRef<[u32]>>(sequences: &[(S, usize)]) -> Self {
+        let mut batch = Self { tokens: Vec::new(), starts: vec![0], positions: Vec::new() };
+        for (tokens, first_position) in sequences {
+            let (tokens, first) = (tokens.as_ref(), *first_position as u32);
+            batch.tokens.extend_from_slice(tokens);
+            batch.positions.extend(first..first + tokens.len() as u32);
+            batch.starts.push(batch.tokens.len());
+        }
+        batch
     }
 }

@@ -159,8 +159,8 @@ impl Model {
         }
     }
 
-    /// The hidden states after the final norm, `[tokens, hidden]`. With a cache, the batch is more of the one sequence
-    /// that the cache holds.
+    /// The hidden states after the final norm, `[tokens, hidden]`. With caches, one for each sequence of the batch, each
+    /// sequence goes on where its cache ends; its bits do not depend on the others.
     ///
     /// # Errors
     /// A token or position that the model lacks.
@@ -168,10 +168,10 @@ impl Model {
         &'p self,
         g: &Graph<'p>,
         batch: &Batch,
-        cache: Option<&mut KvCache>,
+        caches: Option<&mut [&mut KvCache]>,
         observer: &mut dyn Observer,
     ) -> Result<Var, ModelError> {
-        self.forward_with(g, batch, cache, observer, false)
+        self.forward_with(g, batch, caches, observer, false)
     }
 
     /// As [`Model::forward`]; with `recompute`, layers keep nothing for the backward but their input and run twice.
@@ -179,11 +179,11 @@ impl Model {
         &'p self,
         g: &Graph<'p>,
         batch: &Batch,
-        mut cache: Option<&mut KvCache>,
+        mut caches: Option<&mut [&mut KvCache]>,
         observer: &mut dyn Observer,
         recompute: bool,
     ) -> Result<Var, ModelError> {
-        self.check(batch, cache.as_deref())?;
+        self.check(batch, caches.as_deref())?;
         if let Ffn::Moe { top_k: 1, renormalise: true, .. } = self.config.ffn
             && g.is_recording()
         {
@@ -194,11 +194,12 @@ impl Model {
         observer.hidden(0, &x);
         for (index, layer) in self.layers.iter().enumerate() {
             let routing;
-            (x, routing) = if recompute && cache.is_none() {
+            (x, routing) = if recompute && caches.is_none() {
                 layer.forward_recomputed(g, &x, &self.attention_plan, batch, self.config.rms_eps as f32)?
             } else {
-                let cache = cache.as_deref_mut().map(|cache| cache.layer(index));
-                layer.forward(g, &x, &self.attention_plan, batch, cache, self.config.rms_eps as f32)?
+                let mut caches: Option<Vec<&mut LayerCache>> =
+                    caches.as_deref_mut().map(|caches| caches.iter_mut().map(|cache| cache.layer(index)).collect());
+                layer.forward(g, &x, &self.attention_plan, batch, caches.as_deref_mut(), self.config.rms_eps as f32)?
             };
             if let Some(routing) = &routing {
                 observer.routing(index, routing);
@@ -212,17 +213,19 @@ impl Model {
         Ok(x)
     }
 
-    fn check(&self, batch: &Batch, cache: Option<&KvCache>) -> Result<(), ModelError> {
+    fn check(&self, batch: &Batch, caches: Option<&[&mut KvCache]>) -> Result<(), ModelError> {
         self.check_tokens(&batch.tokens)?;
         let (found, context) =
             (batch.positions.iter().max().map_or(0, |&last| last as usize + 1), self.config.max_positions);
         if found > context {
             return Err(ModelError::Context { found, context });
         }
-        if let Some(cache) = cache {
-            assert_eq!(batch.starts.len(), 2, "a cache holds one sequence");
-            let first = batch.positions.first().map_or(cache.len(), |&first| first as usize);
-            assert_eq!(first, cache.len(), "the batch goes on where the cache ends");
+        if let Some(caches) = caches {
+            assert_eq!(batch.starts.len(), caches.len() + 1, "a cache for each sequence");
+            for (cache, bounds) in caches.iter().zip(batch.starts.windows(2)) {
+                let first = batch.positions[bounds[0]..bounds[1]].first().map_or(cache.len(), |&first| first as usize);
+                assert_eq!(first, cache.len(), "a sequence goes on where its cache ends");
+            }
         }
         Ok(())
     }
@@ -265,11 +268,11 @@ impl Layer {
         x: &Var,
         plan: &AttentionPlan,
         batch: &Batch,
-        cache: Option<&mut LayerCache>,
+        caches: Option<&mut [&mut LayerCache]>,
         eps: f32,
     ) -> Result<(Var, Option<Routing>), ModelError> {
         let normed = ops::rms_norm(g, x, &self.attention_norm, eps)?;
-        let x = ops::add(g, x, &self.attention.forward(g, &normed, plan, batch, cache)?)?;
+        let x = ops::add(g, x, &self.attention.forward(g, &normed, plan, batch, caches)?)?;
         let normed = ops::rms_norm(g, &x, &self.ffn_norm, eps)?;
         let (y, routing) = self.ffn.forward(g, &normed)?;
         Ok((ops::add(g, &x, &y)?, routing))

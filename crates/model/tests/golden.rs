@@ -138,7 +138,7 @@ fn logits_in_pieces(model: &Model, precision: Precision, tokens: &[u32], pieces:
     let mut first = 0;
     for &piece in pieces {
         let batch = Batch::continuing(&tokens[first..first + piece], first);
-        let hidden = model.forward(&g, &batch, Some(&mut cache), &mut Silent).unwrap();
+        let hidden = model.forward(&g, &batch, Some(&mut [&mut cache]), &mut Silent).unwrap();
         all.extend_from_slice(model.logits(&g, &hidden).data());
         first += piece;
     }

@@ -49,7 +49,7 @@ fn in_pieces(model: &Model, precision: Precision, tokens: &[u32], pieces: &[usiz
     for &piece in pieces {
         let first = cache.len();
         let batch = Batch::continuing(&tokens[first..first + piece], first);
-        let hidden = model.forward(&g, &batch, Some(&mut cache), &mut Silent).unwrap();
+        let hidden = model.forward(&g, &batch, Some(&mut [&mut cache]), &mut Silent).unwrap();
         all.extend_from_slice(model.logits(&g, &hidden).data());
     }
     assert_eq!(cache.len(), tokens.len());
@@ -76,6 +76,43 @@ fn logits_depend_on_neither_pieces_nor_company_nor_threads() {
             }
             let one_by_one = in_pieces(&model, precision, &own, &[1; TOKENS]);
             assert!(one_by_one == wanted, "token by token: {precision:?}, window {window:?}");
+        }
+    }
+}
+
+/// The logits of the last token of sequences that read `prompts`, then decode `steps` tokens each, all together.
+fn decoded(model: &Model, precision: Precision, prompts: &[&[u32]], steps: usize) -> Vec<Vec<f32>> {
+    let g = Graph::inference(precision);
+    let mut caches: Vec<KvCache> = prompts.iter().map(|_| KvCache::new(&model.config)).collect();
+    let mut caches: Vec<&mut KvCache> = caches.iter_mut().collect();
+    let mut logits = vec![Vec::new(); prompts.len()];
+    let mut next: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.to_vec()).collect();
+    for step in 0..=steps {
+        let parts: Vec<(&[u32], usize)> = next.iter().zip(&caches).map(|(part, cache)| (&part[..], cache.len())).collect();
+        let batch = Batch::continuing_together(&parts);
+        let hidden = model.forward(&g, &batch, Some(&mut caches), &mut Silent).unwrap();
+        let all = model.logits(&g, &hidden);
+        for (sequence, logits) in logits.iter_mut().enumerate() {
+            *logits = all.data()[(batch.starts[sequence + 1] - 1) * 700..][..700].to_vec();
+            next[sequence] = vec![(prompts[sequence][0] as usize + 31 * step) as u32 % 700];
+        }
+    }
+    logits
+}
+
+#[test]
+fn sixteen_sequences_decode_as_each_does_alone() {
+    for window in [None, Some(20)] {
+        let (model, tokens) = (model(window), tokens(3));
+        let prompts: Vec<&[u32]> = (0..16).map(|i| &tokens[i..][..1 + 7 * i % 90]).collect();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let alone: Vec<Vec<f32>> =
+                prompts.iter().flat_map(|prompt| decoded(&model, precision, &[prompt], 5)).collect();
+            assert_ne!(alone[0], alone[1]);
+            for threads in [1, 2, 3] {
+                let together = moebius_testkit::threads(threads).install(|| decoded(&model, precision, &prompts, 5));
+                assert!(together == alone, "{precision:?}, window {window:?}, {threads} threads");
+            }
         }
     }
 }

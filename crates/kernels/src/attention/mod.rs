@@ -163,6 +163,19 @@ fn attention_backward_on(
     backward::differentiate(isa, shape, saved, dout, [dq, dk, dv]);
 }
 
+/// Some rows of one sequence, and the cache that already holds those rows' keys and values.
+#[derive(Clone, Copy, Debug)]
+pub struct CachedSequence<'a> {
+    /// How many rows of the queries are this sequence's.
+    pub rows: usize,
+    /// The position of the first of them.
+    pub first_position: usize,
+    /// `[positions >= first_position + rows, nkv * hd]`; what follows the last row is never read.
+    pub keys: &'a [f32],
+    /// As the keys.
+    pub values: &'a [f32],
+}
+
 /// Attention of some rows of *one* sequence over its cache; the cache already holds those rows' keys and values.
 ///
 /// Gives the bits that [`attention_forward`] gives for the same rows. Cache rows from `first_position + rows` on are
@@ -178,24 +191,47 @@ pub fn attention_cached(
     values: &[f32],
     out: &mut [f32],
 ) {
-    attention_cached_on(Isa::current(), shape, q, first_position, [keys, values], out);
+    let rows = q.len() / shape.query_width().max(1);
+    attention_cached_together(shape, q, &[CachedSequence { rows, first_position, keys, values }], out);
+}
+
+/// Attention of several sequences, each over a cache of its own; the rows of `q` follow each other as the sequences do.
+///
+/// Each sequence gets the bits of [`attention_cached`] on it alone.
+///
+/// # Shapes
+/// `q`, `out` `[rows of all sequences, nh * hd]`.
+pub fn attention_cached_together(
+    shape: &AttentionShape,
+    q: &[f32],
+    sequences: &[CachedSequence<'_>],
+    out: &mut [f32],
+) {
+    attention_cached_on(Isa::current(), shape, q, sequences, out);
 }
 
 fn attention_cached_on(
     isa: Isa,
     shape: &AttentionShape,
     q: &[f32],
-    first_position: usize,
-    [keys, values]: [&[f32]; 2],
+    cached: &[CachedSequence<'_>],
     out: &mut [f32],
 ) {
     shape.check();
-    let rows = q.len() / shape.query_width();
-    let needed = (first_position + rows) * shape.key_width();
-    assert_eq!(q.len(), rows * shape.query_width());
+    let tokens: usize = cached.iter().map(|sequence| sequence.rows).sum();
+    assert_eq!(q.len(), tokens * shape.query_width(), "queries of all sequences");
     assert_eq!(out.len(), q.len());
-    assert!(keys.len() >= needed && values.len() >= needed, "the cache is shorter than the rows' positions");
-    let (keys, values) = (&keys[..needed], &values[..needed]);
-    let sequence = Sequence { q, keys, values, first_position, first_row: 0 };
-    forward::attend(isa, shape, &[sequence], Results { out: &DisjointMut::new(out), lse: None, tokens: rows });
+    let mut first_row = 0;
+    let sequences: Vec<Sequence<'_>> = (cached.iter())
+        .map(|&CachedSequence { rows, first_position, keys, values }| {
+            let needed = (first_position + rows) * shape.key_width();
+            assert!(keys.len() >= needed && values.len() >= needed, "the cache is shorter than the rows' positions");
+            let queries = first_row * shape.query_width()..(first_row + rows) * shape.query_width();
+            let (q, keys, values) = (&q[queries], &keys[..needed], &values[..needed]);
+            let sequence = Sequence { q, keys, values, first_position, first_row };
+            first_row += rows;
+            sequence
+        })
+        .collect();
+    forward::attend(isa, shape, &sequences, Results { out: &DisjointMut::new(out), lse: None, tokens });
 }

@@ -129,7 +129,8 @@ fn chunked(isa: Isa, whole: &Batch, chunks: &[usize], rubbish: f32) -> Vec<f32> 
         keys[fresh.clone()].copy_from_slice(&whole.k[fresh.clone()]);
         values[fresh.clone()].copy_from_slice(&whole.v[fresh]);
         let part = first * shape.query_width()..(first + rows) * shape.query_width();
-        attention_cached_on(isa, shape, &whole.q[part.clone()], first, [&keys, &values], &mut out[part]);
+        let sequence = CachedSequence { rows, first_position: first, keys: &keys, values: &values };
+        attention_cached_on(isa, shape, &whole.q[part.clone()], &[sequence], &mut out[part]);
         first += rows;
     }
     out
