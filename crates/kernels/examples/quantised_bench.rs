@@ -10,10 +10,11 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use moebius_kernels::formats::Format;
 use moebius_kernels::isa::{Isa, with_isa};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::parallel;
-use moebius_kernels::quantised::{BlockFormat, QuantisedMatrix, grouped_quantised_matmul, quantised_matmul};
+use moebius_kernels::quantised::{PACKED_FORMATS, QuantisedMatrix, grouped_quantised_matmul, quantised_matmul};
 
 const HIDDEN: usize = 2048;
 const EXPERT_ROWS: usize = 64;
@@ -27,7 +28,7 @@ fn main() {
         "{:10} {:8} {:>16} {:>10} {:>18} {:>18}",
         "format", "isa", "decode GB/s", "of stream", "512 rows GOP/s", "16 rows GB/s"
     );
-    for format in BlockFormat::ALL {
+    for format in PACKED_FORMATS {
         let weights: Vec<QuantisedMatrix> = (0..EXPERTS).map(|seed| random(format, seed)).collect();
         for isa in Isa::available() {
             with_isa(isa, || {
@@ -40,7 +41,7 @@ fn main() {
                     prefill * 2.0 * (HIDDEN * HIDDEN * EXPERT_ROWS) as f64 / weights[0].bytes().len() as f64;
                 println!(
                     "{:10} {:8} {decode:16.1} {:9.0}% {operations:18.0} {some:18.1}",
-                    format!("{format:?}"),
+                    format.name(),
                     isa.to_string(),
                     100.0 * decode / bandwidth,
                 );
@@ -77,7 +78,8 @@ fn best(rounds: usize, mut body: impl FnMut()) -> f64 {
 
 /// GB a second of reading half a gigabyte with all threads.
 fn stream(rounds: usize) -> f64 {
-    let memory = Buffer::<u64>::zeroed(1 << 26);
+    let mut memory = Buffer::<u64>::scratch(1 << 26);
+    memory.fill(1); // else it is one page of zeros, many times
     let seconds = best(rounds, || {
         let parts: Vec<&[u64]> = memory.chunks(1 << 20).collect();
         parallel::for_each_index(parts.len(), 1, |part| {
@@ -93,7 +95,7 @@ fn stream(rounds: usize) -> f64 {
     size_of_val::<[u64]>(&memory) as f64 / seconds / 1e9
 }
 
-fn random(format: BlockFormat, seed: usize) -> QuantisedMatrix {
+fn random(format: Format, seed: usize) -> QuantisedMatrix {
     let blocks = HIDDEN * HIDDEN / format.block_len();
     let mut state = seed as u64 + 1;
     let mut source = vec![0u8; blocks * format.block_bytes()];

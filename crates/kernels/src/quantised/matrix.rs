@@ -10,37 +10,22 @@ use super::q4::{Float, Linear, NonLinear, Q4};
 use super::q4_k::Q4K;
 use super::q6_k::Q6K;
 use super::q8::Q8;
+use crate::formats::Format;
 use crate::isa::Isa;
 use crate::memory::{Buffer, MappedFile};
 use crate::parallel::{self, DisjointMut};
-
-/// A published block format that the kernels multiply with as it is: packing only moves its bits.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum BlockFormat {
-    /// 8 bits, an f16 scale for each 32: 8.5 bits a weight.
-    Q8_0,
-    /// 4 bits, an f16 scale for each 32: 4.5 bits a weight.
-    Q4_0,
-    /// 4 bits that stand for quantiles of a bell curve, an f16 scale for each 32: 4.5 bits a weight.
-    Iq4Nl,
-    /// 4 bits that are a tiny float, a power of two for each 32 (OCP Microscaling Formats 1.0); 4.5 bits packed.
-    Mxfp4,
-    /// 4 bits, a 6-bit scale and minimum for each 32, two f16 for each 256: 4.625 bits packed.
-    Q4K,
-    /// 6 bits, an 8-bit scale for each 16, an f16 for each 256: 6.625 bits packed.
-    Q6K,
-}
 
 /// Calls a generic function with the layout of a format.
 macro_rules! with_layout {
     ($format:expr, $function:ident($($argument:expr),*)) => {
         match $format {
-            BlockFormat::Q8_0 => $function::<Q8>($($argument),*),
-            BlockFormat::Q4_0 => $function::<Q4<Linear>>($($argument),*),
-            BlockFormat::Iq4Nl => $function::<Q4<NonLinear>>($($argument),*),
-            BlockFormat::Mxfp4 => $function::<Q4<Float>>($($argument),*),
-            BlockFormat::Q4K => $function::<Q4K>($($argument),*),
-            BlockFormat::Q6K => $function::<Q6K>($($argument),*),
+            Format::Q8_0 => $function::<Q8>($($argument),*),
+            Format::Q4_0 => $function::<Q4<Linear>>($($argument),*),
+            Format::IQ4_NL => $function::<Q4<NonLinear>>($($argument),*),
+            Format::MXFP4 => $function::<Q4<Float>>($($argument),*),
+            Format::Q4_K => $function::<Q4K>($($argument),*),
+            Format::Q6_K => $function::<Q6K>($($argument),*),
+            other => unreachable!("no matrix is packed in {}", other.name()),
         }
     };
 }
@@ -64,48 +49,24 @@ fn facts<L: Layout>() -> Facts {
     }
 }
 
-impl BlockFormat {
-    /// All of them.
-    pub const ALL: [Self; 6] = [Self::Q8_0, Self::Q4_0, Self::Iq4Nl, Self::Mxfp4, Self::Q4K, Self::Q6K];
+/// The formats that the kernels multiply with as they are: packing only moves their bits. Packed, a weight takes 4.5 bits
+/// in Q4_0, IQ4_NL and MXFP4, 4.625 in Q4_K, 6.625 in Q6_K, 8.5 in Q8_0.
+pub const PACKED_FORMATS: [Format; 6] =
+    [Format::Q8_0, Format::Q4_0, Format::IQ4_NL, Format::MXFP4, Format::Q4_K, Format::Q6_K];
 
-    fn facts(self) -> Facts {
-        with_layout!(self, facts())
+/// Bytes of a matrix `[n, k]` packed in a format; none if there are no kernels for the format, if its blocks do not
+/// divide `k`, or if the bytes are too many to count.
+pub fn packed_bytes(format: Format, n: usize, k: usize) -> Option<usize> {
+    if !PACKED_FORMATS.contains(&format) || !k.is_multiple_of(format.block_len()) {
+        return None;
     }
+    let facts = facts_of(format);
+    let panel = k.div_ceil(facts.unit_blocks * BLOCK).checked_mul(facts.unit_bytes)?;
+    n.div_ceil(LANES).checked_mul(panel)
+}
 
-    pub(super) fn kernel(self, isa: Isa) -> Kernel {
-        fn kernel<L: Layout>(isa: Isa) -> Kernel {
-            Kernel::of::<L>(isa)
-        }
-        with_layout!(self, kernel(isa))
-    }
-
-    /// Elements along K that stand and fall together: `k` of a matrix is a multiple of it.
-    pub fn block_len(self) -> usize {
-        match self {
-            Self::Q4K | Self::Q6K => 256,
-            _ => BLOCK,
-        }
-    }
-
-    /// Bytes of a block in the published format.
-    pub fn block_bytes(self) -> usize {
-        let facts = self.facts();
-        facts.source_bytes * self.block_len() / (facts.unit_blocks * BLOCK)
-    }
-
-    /// Bytes of a packed `[n, k]` matrix, if its `k` fits and they can be counted.
-    pub fn packed_bytes(self, n: usize, k: usize) -> Option<usize> {
-        let facts = self.facts();
-        let units = k.div_ceil(facts.unit_blocks * BLOCK);
-        let whole = k.is_multiple_of(self.block_len());
-        let panel = units.checked_mul(facts.unit_bytes)?;
-        whole.then(|| n.div_ceil(LANES).checked_mul(panel)).flatten()
-    }
-
-    pub(super) fn bias(self) -> (i32, bool) {
-        let facts = self.facts();
-        (facts.bias, facts.halves)
-    }
+fn facts_of(format: Format) -> Facts {
+    with_layout!(format, facts())
 }
 
 /// Where packed bytes are.
@@ -118,7 +79,7 @@ enum Storage {
 /// A matrix `[n, k]` (`n` outputs) in panels of sixteen outputs. Cloning shares the bytes.
 #[derive(Clone)]
 pub struct QuantisedMatrix {
-    format: BlockFormat,
+    format: Format,
     n: usize,
     k: usize,
     units: usize,
@@ -138,8 +99,8 @@ impl QuantisedMatrix {
     ///
     /// # Panics
     /// If the rows are not whole, or their bytes are too few or too many.
-    pub fn pack(format: BlockFormat, n: usize, k: usize, source: &[u8]) -> Self {
-        let bytes = format.packed_bytes(n, k).expect("whole rows of a matrix that fits into memory");
+    pub fn pack(format: Format, n: usize, k: usize, source: &[u8]) -> Self {
+        let bytes = packed_bytes(format, n, k).expect("whole rows of a matrix that fits into memory");
         let mut packed = Buffer::zeroed(bytes);
         Self::pack_into(format, n, k, source, &mut packed);
         Self::new(format, n, k, Storage::Memory(Arc::new(packed)))
@@ -148,15 +109,15 @@ impl QuantisedMatrix {
     /// As [`QuantisedMatrix::pack`], into bytes that are zero.
     ///
     /// # Panics
-    /// As there; or if there are not [`BlockFormat::packed_bytes`] bytes.
-    pub fn pack_into(format: BlockFormat, n: usize, k: usize, source: &[u8], packed: &mut [u8]) {
+    /// As there; or if there are not [`packed_bytes`] bytes.
+    pub fn pack_into(format: Format, n: usize, k: usize, source: &[u8], packed: &mut [u8]) {
         fn pack<L: Layout>(source: &[u8], column: usize, unit: &mut [u8]) {
             L::pack(source, column, unit);
         }
-        let facts = format.facts();
+        let facts = facts_of(format);
         let row_bytes = k / format.block_len() * format.block_bytes();
         assert_eq!(source.len(), n * row_bytes, "bytes of {n} rows of {k} weights in {format:?}");
-        assert_eq!(Some(packed.len()), format.packed_bytes(n, k), "bytes of a packed matrix");
+        assert_eq!(Some(packed.len()), packed_bytes(format, n, k), "bytes of a packed matrix");
         let panel_bytes = packed.len() / n.div_ceil(LANES).max(1);
         let packed = DisjointMut::new(packed);
         parallel::for_each_index(n.div_ceil(LANES), 1, |panel| {
@@ -176,27 +137,40 @@ impl QuantisedMatrix {
     /// # Errors
     /// The number of bytes wanted, if the range holds another, or leaves the file.
     pub fn mapped(
-        format: BlockFormat,
+        format: Format,
         n: usize,
         k: usize,
         file: Arc<MappedFile>,
         range: Range<usize>,
     ) -> Result<Self, Option<usize>> {
-        let wanted = format.packed_bytes(n, k);
+        let wanted = packed_bytes(format, n, k);
         if wanted != Some(range.len()) || file.get(range.clone()).is_none() {
             return Err(wanted);
         }
         Ok(Self::new(format, n, k, Storage::File(file, range)))
     }
 
-    fn new(format: BlockFormat, n: usize, k: usize, storage: Storage) -> Self {
-        let facts = format.facts();
+    fn new(format: Format, n: usize, k: usize, storage: Storage) -> Self {
+        let facts = facts_of(format);
         let units = k.div_ceil(facts.unit_blocks * BLOCK);
         Self { format, n, k, units, unit_blocks: facts.unit_blocks, panel_bytes: units * facts.unit_bytes, storage }
     }
 
+    pub(super) fn kernel(&self, isa: Isa) -> Kernel {
+        fn kernel<L: Layout>(isa: Isa) -> Kernel {
+            Kernel::of::<L>(isa)
+        }
+        with_layout!(self.format, kernel(isa))
+    }
+
+    /// What the activations need to know: the codes' bias, and whether each half of a block has its own scale.
+    pub(super) fn bias(&self) -> (i32, bool) {
+        let facts = facts_of(self.format);
+        (facts.bias, facts.halves)
+    }
+
     /// Its format.
-    pub fn format(&self) -> BlockFormat {
+    pub fn format(&self) -> Format {
         self.format
     }
 

@@ -24,7 +24,7 @@ mod q8;
 #[cfg(test)]
 mod tests;
 
-pub use matrix::{BlockFormat, QuantisedMatrix};
+pub use matrix::{PACKED_FORMATS, QuantisedMatrix, packed_bytes};
 
 use crate::isa::Isa;
 use activations::Activations;
@@ -66,7 +66,7 @@ pub fn grouped_quantised_matmul(
         return;
     }
     assert!(x.len().is_multiple_of(k), "rows of {k} numbers");
-    let (bias, halves) = format.bias();
+    let (bias, halves) = first.bias();
     let activations = Activations::quantise(x, k, first.blocks(), bias, halves);
     let rows = offsets[0]..offsets[weights.len()];
     match source {
@@ -77,7 +77,7 @@ pub fn grouped_quantised_matmul(
         .filter(|(_, rows)| rows[1] > rows[0])
         .map(|(matrix, rows)| Job { matrix, rows: rows[0]..rows[1] })
         .collect();
-    let kernel = format.kernel(Isa::current());
+    let kernel = first.kernel(Isa::current());
     match source {
         Some(source) => driver::run(kernel, &jobs, &activations, &|row| source[row] as usize, y),
         None => driver::run(kernel, &jobs, &activations, &|row| row, y),
