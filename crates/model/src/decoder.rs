@@ -137,7 +137,7 @@ impl Model {
 
     /// Total and active weights, embeddings included (a tied one once).
     pub fn count_params(&self) -> ParameterCount {
-        let total = self.params().iter().map(|param| param.value().data().len()).sum();
+        let total = self.params().iter().map(|param| param.n_elements()).sum();
         let idle = match self.config.ffn {
             Ffn::Dense { .. } => 0,
             Ffn::Moe { n_experts, top_k, width, .. } => {

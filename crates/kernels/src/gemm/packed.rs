@@ -89,6 +89,27 @@ impl Packed {
         size_of_val::<[u32]>(&self.words)
     }
 
+    /// Column `column`, unpacked, into `out` `[k]`: a row of the weight that was packed.
+    ///
+    /// # Panics
+    /// If there is no such column, or `out` has another length.
+    pub fn column(&self, column: usize, out: &mut [f32]) {
+        assert!(column < self.n && out.len() == self.k, "column {column} of {} into {} numbers", self.n, out.len());
+        let panel = &self.words[column / LANES * self.panel_words()..];
+        let word = |index: usize| panel[index * LANES + column % LANES];
+        match self.precision {
+            Precision::F32 => {
+                out.iter_mut().enumerate().for_each(|(k, out)| *out = f32::from_bits(word(k)));
+            }
+            Precision::Bf16 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    // The first of a pair is in the low half; a bf16 is the high half of an f32.
+                    *out = f32::from_bits(if k % 2 == 0 { word(k / 2) << 16 } else { word(k / 2) & 0xffff_0000 });
+                }
+            }
+        }
+    }
+
     /// The panels' words.
     pub(super) fn words(&self) -> &[u32] {
         &self.words
