@@ -18,6 +18,7 @@ mod feed_forward;
 pub mod files;
 mod loss;
 mod observer;
+mod running;
 pub mod safetensors;
 
 pub use batch::Batch;
@@ -29,4 +30,5 @@ pub use error::ModelError;
 pub use files::atomic_write;
 pub use loss::{Loss, LossSettings};
 pub use observer::{Observer, Silent};
+pub use running::{LoadProgress, RunFormat};
 pub use safetensors::Dtype;

@@ -1,8 +1,6 @@
 //! [`QuantisedMatrix`]: a weight in a block format, laid out as the kernels read it.
 
 use std::fmt;
-use std::ops::Range;
-use std::sync::Arc;
 
 use super::driver::Kernel;
 use super::layout::{BLOCK, GROUPS, LANES, Layout};
@@ -12,7 +10,7 @@ use super::q6_k::Q6K;
 use super::q8::Q8;
 use crate::formats::Format;
 use crate::isa::Isa;
-use crate::memory::{Buffer, MappedFile};
+use crate::memory::{Buffer, SharedBytes};
 use crate::parallel::{self, DisjointMut};
 
 /// Calls a generic function with the layout of a format.
@@ -69,13 +67,6 @@ fn facts_of(format: Format) -> Facts {
     with_layout!(format, facts())
 }
 
-/// Where packed bytes are.
-#[derive(Clone)]
-enum Storage {
-    Memory(Arc<Buffer<u8>>),
-    File(Arc<MappedFile>, Range<usize>),
-}
-
 /// A matrix `[n, k]` (`n` outputs) in panels of sixteen outputs. Cloning shares the bytes.
 #[derive(Clone)]
 pub struct QuantisedMatrix {
@@ -85,7 +76,7 @@ pub struct QuantisedMatrix {
     units: usize,
     unit_blocks: usize,
     panel_bytes: usize,
-    storage: Storage,
+    bytes: SharedBytes,
 }
 
 impl fmt::Debug for QuantisedMatrix {
@@ -103,7 +94,7 @@ impl QuantisedMatrix {
         let bytes = packed_bytes(format, n, k).expect("whole rows of a matrix that fits into memory");
         let mut packed = Buffer::zeroed(bytes);
         Self::pack_into(format, n, k, source, &mut packed);
-        Self::new(format, n, k, Storage::Memory(Arc::new(packed)))
+        Self::new(format, n, k, packed.into())
     }
 
     /// As [`QuantisedMatrix::pack`], into bytes that are zero.
@@ -132,28 +123,19 @@ impl QuantisedMatrix {
         });
     }
 
-    /// A packed matrix that stands in a mapped file.
+    /// A matrix that was packed before, as in a file.
     ///
     /// # Errors
-    /// The number of bytes wanted, if the range holds another, or leaves the file.
-    pub fn mapped(
-        format: Format,
-        n: usize,
-        k: usize,
-        file: Arc<MappedFile>,
-        range: Range<usize>,
-    ) -> Result<Self, Option<usize>> {
+    /// The number of bytes wanted, if there are others.
+    pub fn from_packed(format: Format, n: usize, k: usize, bytes: SharedBytes) -> Result<Self, Option<usize>> {
         let wanted = packed_bytes(format, n, k);
-        if wanted != Some(range.len()) || file.get(range.clone()).is_none() {
-            return Err(wanted);
-        }
-        Ok(Self::new(format, n, k, Storage::File(file, range)))
+        if wanted == Some(bytes.len()) { Ok(Self::new(format, n, k, bytes)) } else { Err(wanted) }
     }
 
-    fn new(format: Format, n: usize, k: usize, storage: Storage) -> Self {
+    fn new(format: Format, n: usize, k: usize, bytes: SharedBytes) -> Self {
         let facts = facts_of(format);
         let units = k.div_ceil(facts.unit_blocks * BLOCK);
-        Self { format, n, k, units, unit_blocks: facts.unit_blocks, panel_bytes: units * facts.unit_bytes, storage }
+        Self { format, n, k, units, unit_blocks: facts.unit_blocks, panel_bytes: units * facts.unit_bytes, bytes }
     }
 
     pub(super) fn kernel(&self, isa: Isa) -> Kernel {
@@ -186,10 +168,7 @@ impl QuantisedMatrix {
 
     /// The packed bytes.
     pub fn bytes(&self) -> &[u8] {
-        match &self.storage {
-            Storage::Memory(bytes) => bytes,
-            Storage::File(file, range) => &file[range.clone()],
-        }
+        &self.bytes
     }
 
     /// Row `row`, decoded, into `out` `[k]`.
