@@ -5,6 +5,7 @@ pub mod attention;
 pub mod gemm;
 pub mod isa;
 pub mod loss;
+pub mod machine;
 pub mod memory;
 pub mod norm;
 pub mod optimizer;

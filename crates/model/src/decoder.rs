@@ -37,7 +37,7 @@ pub struct ParameterCount {
 }
 
 /// Gives a weight of the name and shape asked for.
-type Make<'s, T> = dyn FnMut(&str, &[usize]) -> Result<T, ModelError> + 's;
+pub(crate) type Make<'s, T> = dyn FnMut(&str, &[usize]) -> Result<T, ModelError> + 's;
 
 /// Standard deviation of initial weights.
 const INITIAL_DEVIATION: f32 = 0.02;
@@ -75,7 +75,7 @@ impl Model {
     }
 
     /// Makes every weight, in the order of their ids, from its name and shape.
-    fn build(config: &ModelConfig, value: &mut Make<'_, Tensor>) -> Result<Self, ModelError> {
+    pub(crate) fn build(config: &ModelConfig, value: &mut Make<'_, Tensor>) -> Result<Self, ModelError> {
         config.validate().map_err(|(key, message)| ModelError::config("configuration", key, message))?;
         let mut next_id = 0;
         let mut param = |name: String, shape: &[usize]| -> Result<Param, ModelError> {

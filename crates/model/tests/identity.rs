@@ -88,7 +88,8 @@ fn decoded(model: &Model, precision: Precision, prompts: &[&[u32]], steps: usize
     let mut logits = vec![Vec::new(); prompts.len()];
     let mut next: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.to_vec()).collect();
     for step in 0..=steps {
-        let parts: Vec<(&[u32], usize)> = next.iter().zip(&caches).map(|(part, cache)| (&part[..], cache.len())).collect();
+        let parts: Vec<(&[u32], usize)> =
+            next.iter().zip(&caches).map(|(part, cache)| (&part[..], cache.len())).collect();
         let batch = Batch::continuing_together(&parts);
         let hidden = model.forward(&g, &batch, Some(&mut caches), &mut Silent).unwrap();
         let all = model.logits(&g, &hidden);

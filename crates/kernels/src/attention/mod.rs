@@ -201,22 +201,11 @@ pub fn attention_cached(
 ///
 /// # Shapes
 /// `q`, `out` `[rows of all sequences, nh * hd]`.
-pub fn attention_cached_together(
-    shape: &AttentionShape,
-    q: &[f32],
-    sequences: &[CachedSequence<'_>],
-    out: &mut [f32],
-) {
+pub fn attention_cached_together(shape: &AttentionShape, q: &[f32], sequences: &[CachedSequence<'_>], out: &mut [f32]) {
     attention_cached_on(Isa::current(), shape, q, sequences, out);
 }
 
-fn attention_cached_on(
-    isa: Isa,
-    shape: &AttentionShape,
-    q: &[f32],
-    cached: &[CachedSequence<'_>],
-    out: &mut [f32],
-) {
+fn attention_cached_on(isa: Isa, shape: &AttentionShape, q: &[f32], cached: &[CachedSequence<'_>], out: &mut [f32]) {
     shape.check();
     let tokens: usize = cached.iter().map(|sequence| sequence.rows).sum();
     assert_eq!(q.len(), tokens * shape.query_width(), "queries of all sequences");
