@@ -97,6 +97,7 @@ def prepare(options, shape, kind):
     if not path.exists():
         start = time.time()
         random_gguf.write(shape, kind, path)
+        os.sync()  # writing goes on in the background otherwise, into the first measurement
         print(f"  {path.name}: {path.stat().st_size / 1e9:.2f} GB in {time.time() - start:.0f} s", flush=True)
     with open(path, "rb") as file:
         while file.read(1 << 24):  # into the page cache, where all sides find it

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moebius_model::RunFormat;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,10 +37,35 @@ pub enum Command {
     Train(TrainArguments),
     /// Measure loss, perplexity and bits a byte on a text
     Eval(EvalArguments),
+    /// Measure speed, against what the machine can do
+    Bench(BenchArguments),
     /// Write the logits of given tokens to a file
     Logits(LogitsArguments),
     /// Compare with golden folders: logits, routing, greedy tokens, losses, gradients
     Check(CheckArguments),
+}
+
+/// What a model is run in.
+#[derive(Debug, Args)]
+pub struct RunPrecision {
+    /// Precision of matrix products
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    pub dtype: Dtype,
+
+    /// What the weights are held in while running: stored, f32, bf16, or a block format as q8_0, q4_k, q4_0, mxfp4. `stored`
+    /// leaves block formats as they are and takes everything else in --dtype [default: stored; f32 with --dtype f32]
+    #[arg(long, value_name = "FORMAT")]
+    pub weights: Option<RunFormat>,
+}
+
+impl RunPrecision {
+    /// What the weights are held in.
+    pub fn format(&self) -> RunFormat {
+        self.weights.unwrap_or(match self.dtype {
+            Dtype::F32 => RunFormat::F32,
+            Dtype::Bf16 => RunFormat::AsStored,
+        })
+    }
 }
 
 /// The precision of matrix products.
@@ -105,9 +131,9 @@ pub struct RunArguments {
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
 
-    /// Precision of matrix products
-    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
-    pub dtype: Dtype,
+    /// What it is run in
+    #[command(flatten)]
+    pub precision: RunPrecision,
 
     /// Print a line for each token (`>` marks the prompt): the experts that each layer chose for it, heaviest first
     #[arg(long)]
@@ -179,6 +205,61 @@ pub struct EvalArguments {
     pub dtype: Dtype,
 
     /// Print one JSON object instead of lines
+    #[arg(long)]
+    pub json: bool,
+}
+
+const BENCH_EXAMPLES: &str = "\
+Examples:
+  moebius bench
+  moebius bench --model runs/tiny/model --prefill 128 --batch 16
+  moebius bench --random-weights olmoe-1b-7b:2 --threads 2 --json
+  moebius bench --random-weights mixtral-8x7b:1 --out mixtral-cut
+
+Tokens are random. Bytes are those of the weights and the cache that the tokens need, each counted once a pass; the \
+shares compare them with a streaming read of memory, and the arithmetic with multiply-adds in registers, both measured \
+by the command itself with the same threads.
+
+SHAPE is olmoe-1b-7b, qwen3-30b-a3b or mixtral-8x7b: random weights in the sizes of that model, `:4` behind it takes \
+its first 4 layers only.";
+
+/// `moebius bench`.
+#[derive(Debug, Args)]
+#[command(after_help = BENCH_EXAMPLES)]
+pub struct BenchArguments {
+    /// A model as `run` takes it [default: the model inside this binary]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// Random weights in a published model's sizes, instead of a model
+    #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
+    pub random_weights: Option<String>,
+
+    /// Write the random weights (bf16, Hugging Face's layout) to this folder and measure nothing
+    #[arg(long, value_name = "DIR", requires = "random_weights")]
+    pub out: Option<PathBuf>,
+
+    /// Tokens of the prompt
+    #[arg(long, value_name = "N", default_value = "512")]
+    pub prefill: NonZeroUsize,
+
+    /// Tokens read one by one after it
+    #[arg(long, value_name = "N", default_value = "64")]
+    pub decode: NonZeroUsize,
+
+    /// Measure also N sequences decoding together
+    #[arg(long, value_name = "N")]
+    pub batch: Option<NonZeroUsize>,
+
+    /// How often everything is measured
+    #[arg(long, value_name = "N", default_value = "3")]
+    pub rounds: NonZeroUsize,
+
+    /// What it is run in
+    #[command(flatten)]
+    pub precision: RunPrecision,
+
+    /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
 }

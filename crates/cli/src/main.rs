@@ -7,6 +7,7 @@
 mod arguments;
 mod commands;
 mod display;
+mod memory;
 mod models;
 mod output;
 mod record;
@@ -41,6 +42,7 @@ fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Command::Run(run) => commands::run::execute(run),
         Command::Train(train) => commands::train::execute(train),
         Command::Eval(eval) => commands::eval::execute(eval),
+        Command::Bench(bench) => commands::bench::execute(bench),
         Command::Logits(logits) => commands::logits::execute(logits),
         Command::Check(check) => commands::check::execute(check),
     }

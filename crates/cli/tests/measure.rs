@@ -199,3 +199,46 @@ fn check_names_a_family_that_is_not_known_and_goes_on() {
     assert!(line.contains("foreign/config.json") && line.contains("hydra") && line.lines().count() == 1, "{line}");
     assert!(stdout(&output).contains("a.logits"), "the second folder is checked");
 }
+
+#[test]
+fn bench_measures_any_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = write_model(&folder.path().join("model"));
+    let sizes = ["--prefill", "24", "--decode", "4", "--rounds", "2", "--threads", "2"];
+    let report = |more: &[&str]| -> serde_json::Value {
+        let found = succeed(&[&["bench", "--json"], &sizes[..], more].concat());
+        serde_json::from_str(&found).unwrap()
+    };
+    let found = report(&["--model", text(&model), "--batch", "3", "--dtype", "f32"]);
+    assert_eq!((found["dtype"].as_str(), found["machine"]["threads"].as_u64()), (Some("f32"), Some(2)));
+    for (phase, tokens) in [("prefill", 24), ("decode", 4), ("batched_decode", 12)] {
+        let phase = &found[phase];
+        assert_eq!(phase["tokens"], tokens);
+        assert_eq!(phase["seconds"].as_array().unwrap().len(), 2);
+        for key in ["weight_bytes_per_token", "operations_per_token", "share_of_read_bandwidth"] {
+            assert!(phase[key].as_f64().unwrap() > 0.0, "{key}: {phase}");
+        }
+        let rate = |key| phase["tokens_per_second"][key].as_f64().unwrap();
+        assert!(rate("min") <= rate("median") && rate("median") <= rate("max"), "{phase}");
+    }
+    assert!(report(&["--model", text(&model)])["batched_decode"].is_null());
+
+    let table = succeed(&[&["bench", "--model", text(&model), "--batch", "2"], &sizes[..]].concat());
+    for part in ["2 threads", "prefill", "decode x 2", "tokens/s", "of 4 experts", "of the peak"] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+}
+
+#[test]
+fn bench_makes_a_published_shape_and_refuses_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("cut");
+    // Mixtral's sizes with one layer would be gigabytes; what is refused is refused before a weight is drawn.
+    let fails = |what: &str, arguments: &[&str], parts: &[&str]| {
+        assert_fails(what, &run(&[&["bench"], arguments].concat()), parts);
+    };
+    fails("name", &["--random-weights", "gpt-5", "--out", text(&out)], &["gpt-5", "olmoe-1b-7b", "mixtral-8x7b"]);
+    fails("layers", &["--random-weights", "olmoe-1b-7b:99"], &["1 to 16 layers", "99"]);
+    fails("context", &["--prefill", "100000"], &["100065", "context"]);
+    assert!(!out.exists());
+}

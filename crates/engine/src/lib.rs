@@ -2,9 +2,10 @@
 //!
 //! Reading order: [`tokenizer`] turns text into ids and ids back into text piece by piece, [`sampler`] turns a row of
 //! logits into the next id, [`stop`] decides which text may be shown, [`session`] is a model in the
-//! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all.
+//! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all; [`bench`] measures.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod defaults;
 pub mod error;
 pub mod generator;
@@ -16,6 +17,7 @@ mod testing;
 pub mod tokenizer;
 pub mod trace;
 
+pub use bench::{BenchOptions, BenchResult, Phase, Spread, measure};
 pub use defaults::GenerationDefaults;
 pub use error::EngineError;
 pub use generator::{Event, Finish, GenerationOptions, Generator, Summary, TokenExperts};

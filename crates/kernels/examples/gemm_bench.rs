@@ -14,6 +14,7 @@ use moebius_kernels::gemm::{
     Beta, Mat, Packed, Precision, grouped_matmul, grouped_matmul_weight_gradient, matmul, matmul_packed,
 };
 use moebius_kernels::isa::Isa;
+use moebius_kernels::machine::peak_operations;
 use moebius_kernels::memory::Buffer;
 
 fn main() {
@@ -43,7 +44,7 @@ fn run(options: &Options) {
     println!("{isa}, {} threads; each line is the best of what fits into {:?}", options.threads, options.time);
     let mut json = Vec::new();
     for precision in [Precision::Bf16, Precision::F32] {
-        let peak = peak::flops(isa, precision, options);
+        let peak = peak_operations(isa, precision, options.time);
         println!("\n{precision:?}: peak {:.0} GFLOP/s", peak / 1e9);
         for case in cases() {
             if !format!("{precision:?} {}", case.name()).contains(&options.only) {
@@ -234,118 +235,5 @@ fn verify(precision: Precision, a: Mat, b: Mat, c: &[f32]) {
         let found = f64::from(c[row * b.cols() + column]);
         let tolerance = 1e-5 * (a.cols() as f64).sqrt();
         assert!((found - wanted).abs() < tolerance, "{precision:?} ({row}, {column}): {found}, wanted {wanted}");
-    }
-}
-
-/// The processor's peak: independent multiply-adds in registers, on all threads at once.
-mod peak {
-    use super::*;
-
-    pub fn flops(isa: Isa, precision: Precision, options: &Options) -> f64 {
-        const STEPS: usize = 200_000;
-        let run = run_function(isa, precision);
-        let rates = rayon::broadcast(|_| {
-            let mut flops = 0.0;
-            // SAFETY: `isa` is that of this machine.
-            let seconds = best(options.time, || flops = unsafe { run(STEPS) });
-            flops / seconds
-        });
-        rates.iter().sum()
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn run_function(isa: Isa, precision: Precision) -> unsafe fn(usize) -> f64 {
-        match (isa, precision) {
-            (Isa::Portable, _) => portable,
-            (Isa::Avx2, _) => avx2,
-            (Isa::Amx, Precision::Bf16) => amx_bf16,
-            (_, Precision::Bf16) => avx512_bf16,
-            (_, Precision::F32) => avx512_f32,
-        }
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn run_function(_: Isa, _: Precision) -> unsafe fn(usize) -> f64 {
-        portable
-    }
-
-    fn portable(steps: usize) -> f64 {
-        let mut sums = black_box([1.0f32; 32]);
-        let (a, b) = black_box((0.999f32, 0.001f32));
-        for _ in 0..steps {
-            sums.iter_mut().for_each(|sum| *sum = *sum * a + b);
-        }
-        black_box(sums);
-        (2 * 32 * steps) as f64
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    macro_rules! register_loop {
-        ($name:ident, $features:literal, $register:ident, $zero:expr, $step:expr, $flops:literal) => {
-            #[target_feature(enable = $features)]
-            fn $name(steps: usize) -> f64 {
-                use std::arch::x86_64::*;
-                let mut sums = [$zero; 12];
-                let (a, b) = black_box(($zero, $zero));
-                for _ in 0..steps {
-                    for sum in &mut sums {
-                        *sum = $step(*sum, a, b);
-                    }
-                }
-                black_box(sums);
-                ($flops * sums.len() * steps) as f64
-            }
-        };
-    }
-    #[cfg(target_arch = "x86_64")]
-    register_loop!(avx2, "avx2,fma", __m256, _mm256_setzero_ps(), |s, a, b| _mm256_fmadd_ps(a, b, s), 16);
-    #[cfg(target_arch = "x86_64")]
-    register_loop!(avx512_f32, "avx512f", __m512, _mm512_setzero_ps(), |s, a, b| _mm512_fmadd_ps(a, b, s), 32);
-    #[cfg(target_arch = "x86_64")]
-    register_loop!(
-        avx512_bf16,
-        "avx512f,avx512bf16",
-        __m512,
-        _mm512_setzero_ps(),
-        |s, a, b| _mm512_dpbf16_ps(
-            s,
-            // SAFETY: two types for the same 512 bits.
-            unsafe { std::mem::transmute::<__m512, __m512bh>(a) },
-            // SAFETY: as above.
-            unsafe { std::mem::transmute::<__m512, __m512bh>(b) }
-        ),
-        64
-    );
-
-    /// Products of zeroed tiles into four sums.
-    #[cfg(target_arch = "x86_64")]
-    fn amx_bf16(steps: usize) -> f64 {
-        #[repr(align(64))]
-        struct TileConfig([u8; 64]);
-        let mut config = TileConfig([0; 64]);
-        config.0[0] = 1;
-        for tile in 0..8 {
-            config.0[16 + 2 * tile] = 64;
-            config.0[48 + tile] = 16;
-        }
-        // SAFETY: the machine has AMX; the tiles are ours from the configuration to the release.
-        unsafe {
-            std::arch::asm!(
-                "ldtilecfg [{config}]",
-                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", "tilezero tmm4", "tilezero tmm5",
-                "2:",
-                "tdpbf16ps tmm0, tmm4, tmm5",
-                "tdpbf16ps tmm1, tmm4, tmm5",
-                "tdpbf16ps tmm2, tmm4, tmm5",
-                "tdpbf16ps tmm3, tmm4, tmm5",
-                "dec {steps}",
-                "jnz 2b",
-                "tilerelease",
-                config = in(reg) &config,
-                steps = inout(reg) steps => _,
-                options(nostack)
-            );
-        }
-        (steps * 4 * 2 * 16 * 16 * 32) as f64
     }
 }

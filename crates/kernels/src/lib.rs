@@ -6,6 +6,7 @@ pub mod formats;
 pub mod gemm;
 pub mod isa;
 pub mod loss;
+pub mod machine;
 pub mod memory;
 pub mod norm;
 pub mod optimizer;

@@ -24,6 +24,11 @@ impl KvCache {
         Self { layers: vec![LayerCache::default(); config.n_layers], width }
     }
 
+    /// Bytes that one position takes in a cache for this model, all layers together.
+    pub fn position_bytes(config: &ModelConfig) -> usize {
+        2 * config.n_layers * config.n_kv_heads * config.head_dim * size_of::<f32>()
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.layers.last().map_or(0, |layer| layer.keys.len() / self.width)

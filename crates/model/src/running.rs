@@ -14,6 +14,7 @@ use moebius_kernels::quantised::{PACKED_FORMATS, QuantisedMatrix, packed_bytes};
 use moebius_tensor::{Frozen, Param, Tensor};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 /// What the matrices of a model that is run are held in.
@@ -65,6 +66,18 @@ impl FromStr for RunFormat {
 }
 
 impl RunFormat {
+    /// Bits that a weight takes, about: embedding and head may take more, stored formats fewer.
+    pub fn bits(self) -> f64 {
+        match self {
+            Self::F32 => 32.0,
+            Self::AsStored | Self::Bf16 => 16.0,
+            Self::Block(format) => {
+                let bytes = packed_bytes(format, 16, 256).unwrap_or(2 * 16 * 256);
+                8.0 * bytes as f64 / (16.0 * 256.0)
+            }
+        }
+    }
+
     /// What a matrix `[n, k]` of a weight is held in, if not in what it is stored in.
     fn target(self, param: &str, k: usize) -> Target {
         match self {
@@ -76,7 +89,11 @@ impl RunFormat {
                     Format::Q4_0 | Format::IQ4_NL | Format::MXFP4 if is_delicate(param) => Format::Q8_0,
                     format => format,
                 };
-                if packed_bytes(format, 1, k).is_some() { Target::Block(format) } else { Target::Plain(Precision::Bf16) }
+                if packed_bytes(format, 1, k).is_some() {
+                    Target::Block(format)
+                } else {
+                    Target::Plain(Precision::Bf16)
+                }
             }
         }
     }
@@ -93,7 +110,7 @@ fn is_delicate(param: &str) -> bool {
 }
 
 /// Whether a weight is a matrix, or a stack of them, of which only products (or rows) are asked.
-fn is_matrix(param: &str, shape: &[usize]) -> bool {
+pub(crate) fn is_matrix(param: &str, shape: &[usize]) -> bool {
     let last = param.rsplit('.').next().unwrap_or(param);
     shape.len() >= 2 && matches!(last, "q" | "k" | "v" | "o" | "gate_up" | "down" | "embedding" | "head")
 }
@@ -141,6 +158,34 @@ impl Model {
     }
 }
 
+/// The matrices of a weight in what `format` says, each from numbers that `fill` writes, given its rows.
+pub(crate) fn pack_matrices(
+    name: &str,
+    shape: &[usize],
+    format: RunFormat,
+    fill: &mut dyn FnMut(Range<usize>, &mut [f32]) -> Result<(), ModelError>,
+) -> Result<Frozen, ModelError> {
+    let [.., out, inner] = *shape else { unreachable!("a matrix has two dimensions") };
+    let count = shape.iter().rev().skip(2).product::<usize>();
+    let mut value = Buffer::<f32>::scratch(out * inner);
+    let mut next = |index: usize| fill(index * out..(index + 1) * out, &mut value).map(|()| &value[..]);
+    match format.target(name, inner) {
+        Target::Plain(precision) => {
+            let pack = |index| Ok(Packed::pack(precision, Mat::new(next(index)?, out, inner).t()));
+            (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Packed)
+        }
+        Target::Block(format) => {
+            let mut blocks = Buffer::<u8>::scratch(format.bytes_of(out * inner).expect("whole blocks"));
+            let pack = |index| {
+                let encoded = format.encode(next(index)?, &mut blocks);
+                encoded.map_err(|error| ModelError::tensor("weights to be packed", name, error.to_string()))?;
+                Ok(QuantisedMatrix::pack(format, out, inner, &blocks))
+            };
+            (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Quantised)
+        }
+    }
+}
+
 /// The tensors of a checkpoint that make one weight, in the order of their rows.
 struct Weight<'c> {
     checkpoint: &'c Checkpoint<'c>,
@@ -179,29 +224,7 @@ impl<'c> Weight<'c> {
             };
             return (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Quantised);
         }
-        let mut value = Buffer::<f32>::scratch(out * inner);
-        match format.target(name, inner) {
-            Target::Plain(precision) => {
-                let mut pack = |index| {
-                    self.decode(rows(index), &mut value)?;
-                    Ok(Packed::pack(precision, Mat::new(&value, out, inner).t()))
-                };
-                (0..count).map(&mut pack).collect::<Result<_, ModelError>>().map(Frozen::Packed)
-            }
-            Target::Block(format) => {
-                let bytes = format.bytes_of(value.len()).expect("whole blocks");
-                let mut blocks = Buffer::<u8>::scratch(bytes);
-                let mut pack = |index| {
-                    self.decode(rows(index), &mut value)?;
-                    format.encode(&value, &mut blocks).map_err(|error| {
-                        let part = &self.maps[0].file_name;
-                        ModelError::tensor(self.checkpoint.name(), part, format!("{name}: {error}"))
-                    })?;
-                    Ok(QuantisedMatrix::pack(format, out, inner, &blocks))
-                };
-                (0..count).map(&mut pack).collect::<Result<_, ModelError>>().map(Frozen::Quantised)
-            }
-        }
+        pack_matrices(name, shape, format, &mut |rows, out| self.decode(rows, out))
     }
 
     /// The format that all of the first `rows` rows are stored in.
@@ -212,7 +235,7 @@ impl<'c> Weight<'c> {
     }
 
     /// The stored bytes of some rows.
-    fn parts(&self, rows: std::ops::Range<usize>) -> Result<Vec<Part<'c>>, ModelError> {
+    fn parts(&self, rows: Range<usize>) -> Result<Vec<Part<'c>>, ModelError> {
         let mut parts = Vec::new();
         for map in self.maps {
             let (start, end) = (map.rows.start.max(rows.start), map.rows.end.min(rows.end));
@@ -228,7 +251,7 @@ impl<'c> Weight<'c> {
     }
 
     /// Some rows as f32.
-    fn decode(&self, rows: std::ops::Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
+    fn decode(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
         let mut done = 0;
         for Part { view, format, bytes } in self.parts(rows)? {
             let count = bytes.len() / format.block_bytes() * format.block_len();

@@ -1,5 +1,6 @@
 //! One file a command: each has `execute`, which takes the parsed arguments and gives the exit status.
 
+pub mod bench;
 pub mod check;
 pub mod eval;
 pub mod logits;

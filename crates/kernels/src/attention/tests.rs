@@ -136,6 +136,27 @@ fn chunked(isa: Isa, whole: &Batch, chunks: &[usize], rubbish: f32) -> Vec<f32> 
     out
 }
 
+#[test]
+fn sequences_over_their_own_caches_get_what_they_get_whole() {
+    for isa in Isa::available() {
+        let whole = Batch::new([2, 2, 16], Some(40), &[70, 3, 130]).forward(isa);
+        let (shape, mut q, mut wanted) = (&whole.shape, Vec::new(), Vec::new());
+        let mut cached = Vec::new();
+        // The last rows of each sequence, a different number of them.
+        for (bounds, rows) in whole.starts.windows(2).zip([1, 2, 5]) {
+            let queries = (bounds[1] - rows) * shape.query_width()..bounds[1] * shape.query_width();
+            let keys = bounds[0] * shape.key_width()..bounds[1] * shape.key_width();
+            q.extend_from_slice(&whole.q[queries.clone()]);
+            wanted.extend_from_slice(&whole.out[queries]);
+            let first_position = bounds[1] - bounds[0] - rows;
+            cached.push(CachedSequence { rows, first_position, keys: &whole.k[keys.clone()], values: &whole.v[keys] });
+        }
+        let mut out = vec![0.0; q.len()];
+        attention_cached_on(isa, shape, &q, &cached, &mut out);
+        assert_eq!(bits(&out), bits(&wanted), "{isa:?}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]

@@ -1,0 +1,144 @@
+//! `moebius bench`: speed of prefill and decode, as rates and as shares of what the machine can do.
+
+mod report;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail};
+use moebius_engine::bench::{self, BenchOptions};
+use moebius_kernels::gemm::Precision;
+use moebius_kernels::isa::Isa;
+use moebius_kernels::machine;
+use moebius_model::checkpoint::StoredAs;
+use moebius_model::{Model, ModelConfig, RunFormat, save_model, shapes};
+
+use crate::arguments::BenchArguments;
+use crate::models::Source;
+use crate::{memory, output};
+use report::{Machine, Report};
+
+/// Memory that is read to measure its speed: many times any cache.
+const BANDWIDTH_BYTES: usize = 1 << 29;
+
+/// How long each of the machine's limits is measured.
+const LIMIT_TIME: Duration = Duration::from_millis(700);
+
+/// The random weights' seed.
+const SEED: u64 = 1;
+
+/// Runs the command.
+///
+/// # Errors
+/// A model that cannot be read, a shape that nobody knows or that does not fit into memory, sequences longer than the
+/// model's context, an output that cannot be written.
+pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
+    let (precision, format) = (Precision::from(arguments.precision.dtype), arguments.precision.format());
+    let started = Instant::now();
+    let (name, model) = match &arguments.random_weights {
+        Some(shape) => (format!("{shape}, random weights"), random_model(shape, format)?),
+        None => {
+            let name = arguments.model.as_ref().map_or("shipped".into(), |path| path.display().to_string());
+            (name, Source::new(arguments.model.as_deref()).model_to_run(format)?)
+        }
+    };
+    let load_seconds = started.elapsed().as_secs_f64();
+    output::note(&format!("{name}: loaded in {load_seconds:.2} s"));
+    if let Some(folder) = &arguments.out {
+        save_model(folder, &model, StoredAs::Bf16)?;
+        output::note(&format!("{}: written in bf16", folder.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let options = BenchOptions {
+        prefill: arguments.prefill.get(),
+        decode: arguments.decode.get(),
+        batch: arguments.batch.map_or(1, usize::from),
+        rounds: arguments.rounds.get(),
+        ..BenchOptions::default()
+    };
+    let result = bench::measure(&model, precision, &options, &mut output::note)?;
+    // Before the machine is measured, which takes memory of its own.
+    let (resident_bytes, peak_bytes) = (memory::resident(), memory::peak());
+    let machine = measure_machine(precision);
+    let batch = options.batch;
+    let report =
+        Report { name, model: &model, precision, machine, load_seconds, batch, resident_bytes, peak_bytes, result };
+    output::print(&if arguments.json { report.json() } else { report.table() })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn measure_machine(precision: Precision) -> Machine {
+    let isa = Isa::current();
+    output::note("measuring the machine");
+    Machine {
+        isa,
+        threads: rayon::current_num_threads(),
+        read_bandwidth: machine::read_bandwidth(BANDWIDTH_BYTES, LIMIT_TIME),
+        peak_operations: machine::peak_operations(isa, precision, LIMIT_TIME),
+    }
+}
+
+/// The shape with random weights, if memory holds them.
+fn random_model(shape: &str, format: RunFormat) -> anyhow::Result<Model> {
+    let config = shapes::published(shape).map_err(|message| anyhow!("--random-weights {shape}: {message}"))?;
+    if let Some(available) = memory::available() {
+        check_memory(shape, &config, format, available)?;
+    }
+    output::note(&format!("{shape}: drawing {} weights", output::count(count_weights(&config, config.n_layers))));
+    Ok(Model::random_for_speed(&config, SEED, format)?)
+}
+
+/// Weights of the matrices of a shape cut to some layers.
+fn count_weights(config: &ModelConfig, n_layers: usize) -> usize {
+    let heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim;
+    let ffn = match config.ffn {
+        moebius_model::Ffn::Dense { width } => 3 * width,
+        moebius_model::Ffn::Moe { n_experts, width, .. } => n_experts * (3 * width + 1),
+    };
+    config.hidden * (2 * config.vocab_size + n_layers * (heads + ffn))
+}
+
+/// An error that says what would fit.
+fn check_memory(shape: &str, config: &ModelConfig, format: RunFormat, available: u64) -> anyhow::Result<()> {
+    let needed = |layers| (count_weights(config, layers) as f64 * format.bits() / 8.0) as u64;
+    if needed(config.n_layers) <= available {
+        return Ok(());
+    }
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    let fitting = (1..config.n_layers).rev().find(|&layers| needed(layers) <= available);
+    let name = shape.split(':').next().unwrap_or(shape);
+    let advice = match fitting {
+        Some(layers) => format!("{name}:{layers} would fit"),
+        None => "not even one layer fits".into(),
+    };
+    bail!(
+        "--random-weights {shape}: needs {:.1} GB of memory, {:.1} GB are available: {advice}",
+        gigabytes(needed(config.n_layers)),
+        gigabytes(available)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shape_that_does_not_fit_says_what_would() {
+        let config = shapes::published("olmoe-1b-7b").unwrap();
+        let check = |available| check_memory("olmoe-1b-7b", &config, RunFormat::Bf16, available);
+        assert!(check(1 << 40).is_ok());
+        let message = check(7_000_000_000).unwrap_err().to_string();
+        assert!(message.contains("13.8 GB") && message.contains("7.0 GB"), "{message}");
+        assert!(message.contains("olmoe-1b-7b:7 would fit"), "{message}");
+        assert!(check(1000).unwrap_err().to_string().contains("not even one layer"));
+    }
+
+    #[test]
+    fn the_count_is_the_models() {
+        let config = ModelConfig { vocab_size: 64, ..shapes::published("olmoe-1b-7b:1").unwrap() };
+        // OLMoE-1B-7B: 6.92 billion in all.
+        let whole = shapes::published("olmoe-1b-7b").unwrap();
+        assert!((6.90e9..6.93e9).contains(&(count_weights(&whole, 16) as f64)));
+        assert_eq!(count_weights(&config, 1) - count_weights(&config, 0), 2048 * (2 * 32 * 128 + 64 * (3 * 1024 + 1)));
+    }
+}

@@ -1,0 +1,286 @@
+//! Shapes of published models, for measuring speed without a download: configurations, and random weights for them.
+
+use crate::running::{is_matrix, pack_matrices};
+use crate::{Ffn, Model, ModelConfig, ModelError, RunFormat};
+use moebius_kernels::parallel;
+use moebius_tensor::{Param, Tensor};
+use std::ops::Range;
+
+/// A published model's sizes. Rotary base, norms and routing are the family's; what differs from Llama in its attention
+/// is not held here.
+struct PublishedShape {
+    name: &'static str,
+    /// The family that [`ModelConfig::family`] names. OLMoE and Qwen3 have norms of queries and keys as well, a few
+    /// thousandths of the time; until their families are known here, the closest that is stands in for them.
+    family: &'static str,
+    layers: usize,
+    hidden: usize,
+    heads: [usize; 2],
+    experts: [usize; 2],
+    width: usize,
+    vocab: usize,
+    rope_theta: f64,
+    renormalise: bool,
+}
+
+/// Width of a head in all of them.
+const HEAD_DIM: usize = 128;
+
+/// Positions: enough for measuring, whatever the published model has.
+const MAX_POSITIONS: usize = 1 << 15;
+
+const PUBLISHED: [PublishedShape; 3] = [
+    PublishedShape {
+        name: "olmoe-1b-7b",
+        family: "mixtral",
+        layers: 16,
+        hidden: 2048,
+        heads: [16, 16],
+        experts: [64, 8],
+        width: 1024,
+        vocab: 50304,
+        rope_theta: 1e4,
+        renormalise: false,
+    },
+    PublishedShape {
+        name: "qwen3-30b-a3b",
+        family: "mixtral",
+        layers: 48,
+        hidden: 2048,
+        heads: [32, 4],
+        experts: [128, 8],
+        width: 768,
+        vocab: 151_936,
+        rope_theta: 1e6,
+        renormalise: true,
+    },
+    PublishedShape {
+        name: "mixtral-8x7b",
+        family: "mixtral",
+        layers: 32,
+        hidden: 4096,
+        heads: [32, 8],
+        experts: [8, 2],
+        width: 14336,
+        vocab: 32000,
+        rope_theta: 1e6,
+        renormalise: true,
+    },
+];
+
+/// The configuration that `name`, `name:layers` or `name:layers:vocabulary` says: a published model, whole or cut to its
+/// first layers and tokens.
+///
+/// # Errors
+/// What was wanted, and what was found.
+pub fn published(text: &str) -> Result<ModelConfig, String> {
+    let mut parts = text.split(':');
+    let name = parts.next().unwrap_or_default();
+    let Some(shape) = PUBLISHED.iter().find(|shape| shape.name == name) else {
+        let known: Vec<&str> = PUBLISHED.iter().map(|shape| shape.name).collect();
+        return Err(format!("wanted one of {}, perhaps with :LAYERS behind it, found `{name}`", known.join(", ")));
+    };
+    let mut cut = |what: &str, whole: usize| match parts.next() {
+        None => Ok(whole),
+        Some(part) => match part.parse() {
+            Ok(size) if (1..=whole).contains(&size) => Ok(size),
+            _ => Err(format!("wanted 1 to {whole} {what}, found `{part}`")),
+        },
+    };
+    let (n_layers, vocab_size) = (cut("layers", shape.layers)?, cut("tokens of vocabulary", shape.vocab)?);
+    if let Some(surplus) = parts.next() {
+        return Err(format!("wanted NAME:LAYERS:VOCABULARY, found `:{surplus}` behind it"));
+    }
+    Ok(ModelConfig {
+        family: shape.family.into(),
+        vocab_size,
+        hidden: shape.hidden,
+        n_layers,
+        n_heads: shape.heads[0],
+        n_kv_heads: shape.heads[1],
+        head_dim: HEAD_DIM,
+        max_positions: MAX_POSITIONS,
+        rope_theta: shape.rope_theta,
+        rms_eps: 1e-5,
+        window: None,
+        tie_embeddings: false,
+        ffn: Ffn::Moe {
+            n_experts: shape.experts[0],
+            top_k: shape.experts[1],
+            width: shape.width,
+            renormalise: shape.renormalise,
+        },
+        router_aux_loss_coef: 0.0,
+        bos_token: None,
+        eos_tokens: Vec::new(),
+    })
+}
+
+/// Numbers that one chunk of a weight draws from its own stream.
+const CHUNK: usize = 1 << 16;
+
+/// Normal numbers are looked up by this many random bits.
+const TABLE_BITS: u32 = 12;
+
+impl Model {
+    /// Random weights that keep activations of ordinary size and spread tokens evenly over experts, made quickly on all
+    /// threads: the same for any number of them.
+    ///
+    /// The embedding dominates the residual stream, so each token keeps a direction of its own up to the last layer;
+    /// without that, deep layers of random weights send most tokens to the same experts, and a benchmark would flatter
+    /// caches.
+    ///
+    /// # Errors
+    /// A contradictory configuration.
+    pub fn random_for_speed(config: &ModelConfig, seed: u64, format: RunFormat) -> Result<Self, ModelError> {
+        let table = normal_table();
+        let mut drawn = 0;
+        Self::build(config, &mut |id, name, shape| {
+            let [.., _, inputs] = *shape else {
+                let mut value = Tensor::zeros(shape);
+                value.data_mut().fill(1.0);
+                return Ok(Param::new(id, name, value));
+            };
+            let deviation = match name.rsplit('.').next() {
+                Some("embedding") => 1.0,
+                Some("o") => 0.2 / (inputs as f32).sqrt(),
+                _ => 1.0 / (inputs as f32).sqrt(),
+            };
+            drawn += 1;
+            let mut fill = |rows: Range<usize>, out: &mut [f32]| {
+                fill_normal(out, deviation, seed ^ (drawn << 32) ^ mix(rows.start as u64), &table);
+                Ok(())
+            };
+            if is_matrix(name, shape) {
+                return Ok(Param::frozen(id, name, shape, pack_matrices(name, shape, format, &mut fill)?)?);
+            }
+            let mut value = Tensor::zeros(shape);
+            fill(0..0, value.data_mut())?;
+            Ok(Param::new(id, name, value))
+        })
+    }
+}
+
+/// The middles of equally likely slices of the normal distribution.
+fn normal_table() -> Vec<f32> {
+    let count = 1usize << TABLE_BITS;
+    // Slices of one side by summing the density; coarse steps would show in the tails alone.
+    let (step, mut at, mut below) = (1e-4, 0.0f64, 0.5f64);
+    let upper: Vec<f32> = (count / 2..count)
+        .map(|slice| {
+            let wanted = (slice as f64 + 0.5) / count as f64;
+            while below < wanted {
+                below += (-0.5 * (at + 0.5 * step) * (at + 0.5 * step)).exp() / std::f64::consts::TAU.sqrt() * step;
+                at += step;
+            }
+            at as f32
+        })
+        .collect();
+    upper.iter().rev().map(|x| -x).chain(upper.iter().copied()).collect()
+}
+
+fn fill_normal(out: &mut [f32], deviation: f32, seed: u64, table: &[f32]) {
+    const PER_WORD: usize = (u64::BITS / TABLE_BITS) as usize;
+    parallel::for_each_chunk(out, CHUNK, CHUNK, |first, chunk| {
+        let mut state = mix(seed ^ first as u64);
+        for group in chunk.chunks_mut(PER_WORD) {
+            state = state.wrapping_add(GOLDEN);
+            let mut bits = mix(state);
+            for x in group {
+                *x = table[bits as usize & (table.len() - 1)] * deviation;
+                bits >>= TABLE_BITS;
+            }
+        }
+    });
+}
+
+/// 2^64 divided by the golden ratio: the increment of SplitMix64 (Steele, Lea and Flood 2014).
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// SplitMix64's output function.
+fn mix(state: u64) -> u64 {
+    let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Batch, Observer};
+    use moebius_kernels::gemm::Precision;
+    use moebius_moe::{LoadStatistics, Routing};
+    use moebius_tensor::Graph;
+
+    #[test]
+    fn names_and_cuts() {
+        let whole = published("qwen3-30b-a3b").unwrap();
+        assert_eq!((whole.n_layers, whole.vocab_size), (48, 151_936));
+        assert_eq!(whole.validate(), Ok(()));
+        assert_eq!(published("mixtral-8x7b:4").unwrap().n_layers, 4);
+        assert_eq!(published("olmoe-1b-7b:1:512").unwrap().vocab_size, 512);
+        for (text, part) in [
+            ("olmo", "found `olmo`"),
+            ("olmoe-1b-7b:17", "1 to 16 layers"),
+            ("olmoe-1b-7b:0", "found `0`"),
+            ("olmoe-1b-7b:x", "found `x`"),
+            ("olmoe-1b-7b:1:2:3", "found `:3`"),
+        ] {
+            let message = published(text).unwrap_err();
+            assert!(message.contains(part), "{text}: {message}");
+        }
+    }
+
+    /// Sixteen layers of a small model with many experts.
+    fn small() -> ModelConfig {
+        ModelConfig {
+            n_layers: 16,
+            hidden: 64,
+            n_heads: 4,
+            n_kv_heads: 4,
+            head_dim: 16,
+            vocab_size: 512,
+            ffn: Ffn::Moe { n_experts: 16, top_k: 2, width: 32, renormalise: false },
+            ..published("olmoe-1b-7b").unwrap()
+        }
+    }
+
+    #[derive(Default)]
+    struct Loads(Vec<LoadStatistics>);
+
+    impl Observer for Loads {
+        fn routing(&mut self, _: usize, routing: &Routing) {
+            let mut load = LoadStatistics::default();
+            load.add(&routing.plan);
+            self.0.push(load);
+        }
+    }
+
+    #[test]
+    fn tokens_spread_over_experts_in_every_layer() {
+        let model = Model::random_for_speed(&small(), 1).unwrap();
+        let tokens: Vec<u32> = (0..400).map(|i| i * 37 % 512).collect();
+        let (g, mut loads) = (Graph::inference(Precision::F32), Loads::default());
+        model.forward(&g, &Batch::of_sequences(&[tokens]), None, &mut loads).unwrap();
+        assert_eq!(loads.0.len(), 16);
+        for (layer, load) in loads.0.iter().enumerate() {
+            // Even is 1.
+            assert!(load.entropy() > 0.95, "layer {layer}: {:?}", load.counts);
+        }
+    }
+
+    #[test]
+    fn weights_are_normal_and_the_same_for_any_thread_count() {
+        let draw = |threads| {
+            let mut numbers = vec![0.0; 3 * CHUNK + 7];
+            moebius_testkit::threads(threads).install(|| fill_normal(&mut numbers, 2.0, 5, &normal_table()));
+            numbers
+        };
+        let numbers = draw(1);
+        assert!(draw(3) == numbers);
+        let mean = numbers.iter().sum::<f32>() / numbers.len() as f32;
+        let moment = |power| numbers.iter().map(|x| (x / 2.0).powi(power)).sum::<f32>() / numbers.len() as f32;
+        assert!(mean.abs() < 0.02, "{mean}");
+        assert!((moment(2) - 1.0).abs() < 0.02 && (moment(4) - 3.0).abs() < 0.1, "{} {}", moment(2), moment(4));
+    }
+}
