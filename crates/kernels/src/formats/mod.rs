@@ -10,11 +10,16 @@ mod codebook;
 mod k_quants;
 mod numbers;
 mod plain;
+mod search;
+mod search_affine;
 mod uniform;
 
 use crate::isa::Isa;
 use crate::parallel::{DisjointMut, for_each_index};
 use crate::simd::{Kernel, Simd, dispatch};
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How numbers are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,9 +51,14 @@ trait BlockFormat: 'static {
     const LEN: usize;
     /// Bytes of a block.
     const BYTES: usize;
+    /// The largest magnitude that [`BlockFormat::encode`] takes.
+    const LARGEST: f32;
 
     /// The numbers of a block: `BYTES` bytes to `LEN` numbers.
     fn decode(block: &[u8], out: &mut [f32]);
+
+    /// A block for `LEN` numbers whose magnitude is at most `LARGEST`, of small squared error.
+    fn encode<S: Simd>(simd: S, values: &[f32], block: &mut [u8]);
 }
 
 /// What [`Format`] knows of a format.
@@ -58,6 +68,8 @@ struct Entry {
     block_len: usize,
     block_bytes: usize,
     decode: fn(Isa, &[u8], &mut [f32]),
+    largest: f32,
+    encode: fn(Isa, &[f32], &mut [u8]),
 }
 
 impl Entry {
@@ -67,7 +79,9 @@ impl Entry {
             name: B::NAME,
             block_len: B::LEN,
             block_bytes: B::BYTES,
-            decode: |isa, bytes, out| dispatch(isa, Decode::<B> { bytes, out, format: std::marker::PhantomData }),
+            decode: |isa, bytes, out| dispatch(isa, Decode::<B> { bytes, out, format: PhantomData }),
+            largest: B::LARGEST,
+            encode: |isa, values, out| dispatch(isa, Encode::<B> { values, out, format: PhantomData }),
         }
     }
 }
@@ -96,6 +110,52 @@ static FORMATS: [Entry; 16] = [
 const RUN: usize = 1 << 13;
 /// Numbers up to which decoding stays on one thread.
 const SERIAL_DECODE: usize = 1 << 15;
+
+/// Why numbers cannot be encoded.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum EncodeError {
+    /// A number that is NaN or infinite.
+    NotFinite {
+        /// Its place.
+        index: usize,
+        /// The number.
+        value: f32,
+    },
+    /// A number that the format's scales do not reach.
+    TooLarge {
+        /// The format.
+        format: Format,
+        /// The number's place.
+        index: usize,
+        /// The number.
+        value: f32,
+        /// The largest magnitude it takes.
+        largest: f32,
+    },
+    /// Numbers that do not fill whole blocks.
+    Length {
+        /// The format.
+        format: Format,
+        /// Numbers there are.
+        found: usize,
+    },
+}
+
+impl fmt::Display for EncodeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::NotFinite { index, value } => write!(f, "wanted finite numbers, found {value} at element {index}"),
+            Self::TooLarge { format, index, value, largest } => {
+                write!(f, "{format} holds magnitudes up to {largest:e}, found {value:e} at element {index}")
+            }
+            Self::Length { format, found } => {
+                write!(f, "{format} wants a multiple of {} numbers, found {found}", format.block_len())
+            }
+        }
+    }
+}
+
+impl std::error::Error for EncodeError {}
 
 impl Format {
     /// Every format.
@@ -163,6 +223,49 @@ impl Format {
         });
     }
 
+    /// Whether numbers can be written in this format, not only read.
+    pub fn can_encode(self) -> bool {
+        true
+    }
+
+    /// Writes numbers as blocks: the plain formats round to nearest, ties to even, the others search for scales of
+    /// small squared error.
+    ///
+    /// # Errors
+    /// Numbers that do not fill whole blocks, or the first that is not finite or too large; then what is in `out` means
+    /// nothing.
+    ///
+    /// # Panics
+    /// If `out` has not the length of the blocks.
+    pub fn encode(self, values: &[f32], out: &mut [u8]) -> Result<(), EncodeError> {
+        self.encode_on(Isa::current(), values, out)
+    }
+
+    fn encode_on(self, isa: Isa, values: &[f32], out: &mut [u8]) -> Result<(), EncodeError> {
+        let Entry { block_len, block_bytes, encode, largest, .. } = *self.entry();
+        if !values.len().is_multiple_of(block_len) {
+            return Err(EncodeError::Length { format: self, found: values.len() });
+        }
+        self.check_bytes(out.len(), values.len());
+        let run_bytes = RUN / block_len * block_bytes;
+        let (out_len, parts, first_bad) = (out.len(), DisjointMut::new(out), AtomicUsize::new(usize::MAX));
+        for_each_index(values.len().div_ceil(RUN), serial_count(values.len(), RUN), |run| {
+            let numbers = &values[run * RUN..values.len().min((run + 1) * RUN)];
+            if let Some(place) = first_beyond(numbers, largest) {
+                first_bad.fetch_min(run * RUN + place, Ordering::Relaxed);
+            } else {
+                // SAFETY: runs of different indices do not overlap, and each index is handed out once.
+                encode(isa, numbers, unsafe { parts.range(run * run_bytes..out_len.min((run + 1) * run_bytes)) });
+            }
+        });
+        let index = first_bad.into_inner();
+        match values.get(index) {
+            None => Ok(()),
+            Some(&value) if value.is_finite() => Err(EncodeError::TooLarge { format: self, index, value, largest }),
+            Some(&value) => Err(EncodeError::NotFinite { index, value }),
+        }
+    }
+
     fn check_bytes(self, found: usize, numbers: usize) {
         let (name, wanted) = (self.name(), self.bytes_of(numbers));
         assert_eq!(Some(found), wanted, "{name}: bytes for {numbers} numbers");
@@ -173,8 +276,8 @@ impl Format {
     }
 }
 
-impl std::fmt::Display for Format {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
 }
@@ -187,7 +290,7 @@ fn serial_count(len: usize, serial_len: usize) -> usize {
 struct Decode<'a, B> {
     bytes: &'a [u8],
     out: &'a mut [f32],
-    format: std::marker::PhantomData<B>,
+    format: PhantomData<B>,
 }
 
 impl<B: BlockFormat> Kernel for Decode<'_, B> {
@@ -199,6 +302,33 @@ impl<B: BlockFormat> Kernel for Decode<'_, B> {
             B::decode(block, out);
         }
     }
+}
+
+/// Encodes a run of blocks.
+struct Encode<'a, B> {
+    values: &'a [f32],
+    out: &'a mut [u8],
+    format: PhantomData<B>,
+}
+
+impl<B: BlockFormat> Kernel for Encode<'_, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (values, block) in self.values.chunks_exact(B::LEN).zip(self.out.chunks_exact_mut(B::BYTES)) {
+            B::encode(simd, values, block);
+        }
+    }
+}
+
+/// The place of the first number that is NaN or of a magnitude beyond `largest`.
+fn first_beyond(values: &[f32], largest: f32) -> Option<usize> {
+    let largest = largest.to_bits();
+    // As bits, which are in the order of magnitudes and have NaN above all.
+    let beyond = |x: &f32| x.to_bits() & 0x7fff_ffff > largest;
+    let any = values.iter().fold(false, |any, x| any | beyond(x));
+    if any { values.iter().position(beyond) } else { None }
 }
 
 #[cfg(test)]

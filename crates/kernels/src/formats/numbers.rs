@@ -1,5 +1,8 @@
 //! Numbers of two bytes and of eight bits, without branches so that loops over them become vectors.
 
+/// The largest finite f16.
+pub(super) const F16_LARGEST: f32 = 65_504.0;
+
 /// The f32 that the bits of an f16 mean; a NaN keeps its payload.
 #[inline(always)]
 pub(super) fn f16_to_f32(bits: u16) -> f32 {
@@ -22,10 +25,16 @@ pub(super) fn f32_to_f16(value: f32) -> u16 {
     rounded as u16 | sign
 }
 
-/// The f32 nearest to `value` that an f16 can hold.
+/// The bits of the finite f16 nearest to `value`.
+#[inline(always)]
+pub(super) fn nearest_f16(value: f32) -> u16 {
+    f32_to_f16(value.clamp(-F16_LARGEST, F16_LARGEST))
+}
+
+/// The number nearest to `value` that an f16 can hold.
 #[inline(always)]
 pub(super) fn round_to_f16(value: f32) -> f32 {
-    f16_to_f32(f32_to_f16(value))
+    f16_to_f32(nearest_f16(value))
 }
 
 /// The bits of the nearest bf16, ties to even, of a finite number.
@@ -80,7 +89,8 @@ mod tests {
                 assert_eq!(f32_to_f16(value), f16::from_f32(value).to_bits(), "{value}");
             }
         }
-        assert_eq!(round_to_f16(65_519.996), 65_504.0);
+        assert_eq!(f32_to_f16(65_519.996), 0x7bff);
+        assert_eq!([round_to_f16(1e9), round_to_f16(-1e9)], [65_504.0, -65_504.0]);
         for x in numbers(1, 10_000) {
             for value in [x, x * 1e38, x * 1e-38, x * 1e-44] {
                 assert_eq!(f32_to_bf16(value), bf16::from_f32(value).to_bits(), "{value}");

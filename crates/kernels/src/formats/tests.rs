@@ -91,3 +91,39 @@ fn sizes_and_names() {
 fn bytes_of_another_length_are_refused() {
     Format::Q4_0.decode(&[0; 18], &mut [0.0; 64]);
 }
+
+/// Formats that keep less than the numbers' own bits.
+fn lossy() -> &'static [Format] {
+    &Format::all()[3..]
+}
+
+fn encoded(format: Format, isa: Isa, values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0x5a; format.bytes_of(values.len()).unwrap()];
+    format.encode_on(isa, values, &mut bytes).unwrap();
+    bytes
+}
+
+/// The squared error of writing and reading.
+fn error(format: Format, values: &[f32]) -> f64 {
+    let mut found = vec![0.0; values.len()];
+    format.decode(&encoded(format, Isa::current(), values), &mut found);
+    found.iter().zip(values).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum()
+}
+
+#[test]
+fn errors_are_no_larger_than_the_references() {
+    let values = floats(&fixture("values.bin"));
+    let kinds = ["normal", "heavy", "uniform", "shifted", "sparse", "tiny"];
+    assert_eq!(values.len(), kinds.len() * 1024);
+    let mut compared = 0;
+    for line in String::from_utf8(fixture("errors.txt")).unwrap().lines() {
+        let [who, name, kind, wanted] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        let (format, kind) = (Format::from_name(name).unwrap(), kinds.iter().position(|k| *k == kind).unwrap());
+        let found = error(format, &values[kind * 1024..][..1024]);
+        let wanted: f64 = wanted.parse().unwrap();
+        println!("{who} {name} {}: {found:.3e} for {wanted:.3e}: {:.3}", kinds[kind], found / wanted);
+        assert!(found <= wanted * 1.000_01, "{name}, {}: {found:e}, {who}'s {wanted:e}", kinds[kind]);
+        compared += 1;
+    }
+    assert!(compared > 100);
+}
