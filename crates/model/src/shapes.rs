@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn tokens_spread_over_experts_in_every_layer() {
-        let model = Model::random_for_speed(&small(), 1).unwrap();
+        let model = Model::random_for_speed(&small(), 1, RunFormat::F32).unwrap();
         let tokens: Vec<u32> = (0..400).map(|i| i * 37 % 512).collect();
         let (g, mut loads) = (Graph::inference(Precision::F32), Loads::default());
         model.forward(&g, &Batch::of_sequences(&[tokens]), None, &mut loads).unwrap();
