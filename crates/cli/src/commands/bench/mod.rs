@@ -22,7 +22,7 @@ use report::{Machine, Report};
 const BANDWIDTH_BYTES: usize = 1 << 29;
 
 /// How long each of the machine's limits is measured.
-const LIMIT_TIME: Duration = Duration::from_millis(700);
+const LIMIT_TIME: Duration = Duration::from_millis(500);
 
 /// The random weights' seed.
 const SEED: u64 = 1;
@@ -43,19 +43,14 @@ pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
         }
     };
     let load_seconds = started.elapsed().as_secs_f64();
-    output::note(&format!("{name}: loaded in {load_seconds:.2} s"));
     if let Some(folder) = &arguments.out {
         save_model(folder, &model, StoredAs::Bf16)?;
         output::note(&format!("{}: written in bf16", folder.display()));
         return Ok(ExitCode::SUCCESS);
     }
-    let options = BenchOptions {
-        prefill: arguments.prefill.get(),
-        decode: arguments.decode.get(),
-        batch: arguments.batch.map_or(1, usize::from),
-        rounds: arguments.rounds.get(),
-        ..BenchOptions::default()
-    };
+    let options = options(arguments, &model);
+    options.check(&model)?;
+    output::note(&format!("{name}: loaded in {load_seconds:.2} s"));
     let result = bench::measure(&model, precision, &options, &mut output::note)?;
     // Before the machine is measured, which takes memory of its own.
     let (resident_bytes, peak_bytes) = (memory::resident(), memory::peak());
@@ -65,6 +60,18 @@ pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
         Report { name, model: &model, precision, machine, load_seconds, batch, resident_bytes, peak_bytes, result };
     output::print(&if arguments.json { report.json() } else { report.table() })?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn options(arguments: &BenchArguments, model: &Model) -> BenchOptions {
+    let (default, decode) = (BenchOptions::default(), arguments.decode.get());
+    let longest = BenchOptions::longest_prefill(model, decode).max(1);
+    BenchOptions {
+        prefill: arguments.prefill.map_or(default.prefill.min(longest), usize::from),
+        decode,
+        batch: arguments.batch.map_or(default.batch, usize::from),
+        rounds: arguments.rounds.get(),
+        ..default
+    }
 }
 
 fn measure_machine(precision: Precision) -> Machine {
