@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moebius_model::RunFormat;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,6 +43,29 @@ pub enum Command {
     Logits(LogitsArguments),
     /// Compare with golden folders: logits, routing, greedy tokens, losses, gradients
     Check(CheckArguments),
+}
+
+/// What a model is run in.
+#[derive(Debug, Args)]
+pub struct RunPrecision {
+    /// Precision of matrix products
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    pub dtype: Dtype,
+
+    /// What the weights are held in while running: stored, f32, bf16, or a block format as q8_0, q4_k, q4_0, mxfp4. `stored`
+    /// leaves block formats as they are and takes everything else in --dtype [default: stored; f32 with --dtype f32]
+    #[arg(long, value_name = "FORMAT")]
+    pub weights: Option<RunFormat>,
+}
+
+impl RunPrecision {
+    /// What the weights are held in.
+    pub fn format(&self) -> RunFormat {
+        self.weights.unwrap_or(match self.dtype {
+            Dtype::F32 => RunFormat::F32,
+            Dtype::Bf16 => RunFormat::AsStored,
+        })
+    }
 }
 
 /// The precision of matrix products.
@@ -107,9 +131,9 @@ pub struct RunArguments {
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
 
-    /// Precision of matrix products
-    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
-    pub dtype: Dtype,
+    /// What it is run in
+    #[command(flatten)]
+    pub precision: RunPrecision,
 
     /// Print a line for each token (`>` marks the prompt): the experts that each layer chose for it, heaviest first
     #[arg(long)]
@@ -231,9 +255,9 @@ pub struct BenchArguments {
     #[arg(long, value_name = "N", default_value = "3")]
     pub rounds: NonZeroUsize,
 
-    /// Precision of matrix products
-    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
-    pub dtype: Dtype,
+    /// What it is run in
+    #[command(flatten)]
+    pub precision: RunPrecision,
 
     /// Print one JSON object instead of a table
     #[arg(long)]

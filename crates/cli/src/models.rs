@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use moebius_engine::{GenerationDefaults, Tokenizer};
-use moebius_model::{Checkpoint, Model};
+use moebius_model::{Checkpoint, Model, RunFormat};
+
+use crate::output::LoadBar;
 
 /// The files of the shipped model, in Hugging Face's layout.
 mod shipped {
@@ -34,15 +36,29 @@ impl Source {
         folder.map_or(Self::Shipped, |folder| Self::Folder(folder.to_path_buf()))
     }
 
-    /// Reads configuration and weights.
+    /// Reads configuration and weights, for everything that can be done with a model.
     ///
     /// # Errors
     /// What is wrong with the folder, by file and tensor.
     pub fn model(&self) -> anyhow::Result<Model> {
-        match self {
-            Self::Shipped => Ok(Model::load(&Checkpoint::from_bytes(shipped::CONFIG, shipped::WEIGHTS)?)?),
-            Self::Folder(folder) => Ok(Model::load(&Checkpoint::open(folder)?)?),
-        }
+        Ok(Model::load(&self.checkpoint()?)?)
+    }
+
+    /// Reads configuration and weights to be run; where it takes longer than a moment, tells how far it is.
+    ///
+    /// # Errors
+    /// As [`Source::model`].
+    pub fn model_to_run(&self, format: RunFormat) -> anyhow::Result<Model> {
+        let checkpoint = self.checkpoint()?;
+        let mut bar = LoadBar::new();
+        Ok(Model::load_to_run(&checkpoint, format, &mut |progress| bar.show(progress))?)
+    }
+
+    fn checkpoint(&self) -> anyhow::Result<Checkpoint<'static>> {
+        Ok(match self {
+            Self::Shipped => Checkpoint::from_bytes(shipped::CONFIG, shipped::WEIGHTS)?,
+            Self::Folder(folder) => Checkpoint::open(folder)?,
+        })
     }
 
     /// Reads `tokenizer.json`.

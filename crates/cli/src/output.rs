@@ -1,8 +1,10 @@
 //! What reaches the user: standard output, colours, numbers, the one line of an error.
 
 use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use moebius_model::LoadProgress;
 
 /// Writes to standard output at once, so that text streams.
 ///
@@ -16,6 +18,40 @@ pub fn print(text: &str) -> anyhow::Result<()> {
 /// Writes a line to standard error; nobody is left to hear of it if that fails.
 pub fn note(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// A bar on standard error while a model's weights are packed, if that takes longer than a moment.
+pub struct LoadBar {
+    bar: Option<indicatif::ProgressBar>,
+    started: Instant,
+}
+
+impl LoadBar {
+    /// Nothing is shown yet.
+    pub fn new() -> Self {
+        Self { bar: None, started: Instant::now() }
+    }
+
+    /// Shows how far the loading is.
+    pub fn show(&mut self, progress: LoadProgress) {
+        const MOMENT: Duration = Duration::from_millis(800);
+        if self.bar.is_none() && self.started.elapsed() > MOMENT {
+            let style = indicatif::ProgressStyle::with_template("packing weights {wide_bar} {percent} %, {eta} left");
+            let bar = indicatif::ProgressBar::new(progress.total as u64);
+            self.bar = Some(bar.with_style(style.expect("a template that is always the same")));
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_position(progress.done as u64);
+        }
+    }
+}
+
+impl Drop for LoadBar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
 }
 
 /// The one line of a failure.

@@ -283,7 +283,7 @@ mod tests {
             ffn: Ffn::Moe { n_experts: 8, top_k: 2, width: 32, renormalise: true },
             ..shapes::published("olmoe-1b-7b").unwrap()
         };
-        Model::random_for_speed(&config, 3).unwrap()
+        Model::random_for_speed(&config, 3, moebius_model::RunFormat::F32).unwrap()
     }
 
     #[test]

@@ -16,9 +16,9 @@ pub const ENVIRONMENT_VARIABLE: &str = "MOEBIUS_ISA";
 pub enum Isa {
     /// Plain loops, for any processor.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
-    /// AVX-512 F, BW, DQ, VL and BF16 (AMD Zen 4, Intel Cooper Lake and Sapphire Rapids, and later).
+    /// AVX-512 F, BW, DQ, VL, VNNI and BF16 (AMD Zen 4, Intel Cooper Lake and Sapphire Rapids, and later).
     Avx512,
     /// AMX tiles in bf16 beside AVX-512 (Intel Sapphire Rapids and later, when the operating system allows it).
     Amx,
@@ -142,13 +142,14 @@ pub(crate) fn with_forced<R>(forced: Option<Isa>, body: impl FnOnce() -> R) -> R
 
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Isa {
-    if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")) {
+    if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")) {
         return Isa::Portable;
     }
     let avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
         && is_x86_feature_detected!("avx512bf16");
     match avx512 {
         false => Isa::Avx2,

@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod formats;
 pub mod gemm;
 pub mod isa;
 pub mod loss;
@@ -10,6 +11,7 @@ pub mod memory;
 pub mod norm;
 pub mod optimizer;
 pub mod parallel;
+pub mod quantised;
 pub mod rope;
 pub mod select;
 mod simd;

@@ -77,17 +77,28 @@ impl<'a> Checkpoint<'a> {
         &self.config
     }
 
-    /// Reads all weights by our names, as f32.
-    pub(crate) fn load(&self) -> Result<BTreeMap<String, Tensor>, ModelError> {
+    /// The file that names the tensors, for errors.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The family's tensors, each of which is there, of its shape and of a type that can be read.
+    pub(crate) fn checked_maps(&self) -> Result<Vec<TensorMap>, ModelError> {
         let maps = families::tensors(&self.config);
         self.check_surplus(&maps)?;
+        maps.iter().try_for_each(|map| self.check(map))?;
+        Ok(maps)
+    }
+
+    /// Reads all weights by our names, as f32.
+    pub(crate) fn load(&self) -> Result<BTreeMap<String, Tensor>, ModelError> {
+        let maps = self.checked_maps()?;
         let mut sizes: BTreeMap<&str, usize> = BTreeMap::new();
         for map in &maps {
             let elements = map.elements().ok_or_else(|| {
                 ModelError::tensor(&self.name, &map.file_name, format!("its shape {:?} overflows", map.file_shape))
             })?;
             *sizes.entry(&map.param).or_default() += elements;
-            self.check(map)?;
         }
         // Only now, with every tensor there and of its shape, is memory taken.
         let mut values: BTreeMap<String, Buffer<f32>> =
@@ -100,7 +111,7 @@ impl<'a> Checkpoint<'a> {
         Ok(values.into_iter().map(|(name, data)| (name, Tensor::new(&[data.len()], data))).collect())
     }
 
-    fn find(&self, map: &TensorMap) -> Result<crate::safetensors::TensorView<'_>, ModelError> {
+    pub(crate) fn find(&self, map: &TensorMap) -> Result<crate::safetensors::TensorView<'_>, ModelError> {
         let found = self.files.iter().find_map(|file| file.get(&map.file_name));
         found.ok_or_else(|| {
             let message = format!("missing; wanted shape {:?}", map.file_shape);
@@ -183,7 +194,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> 
 }
 
 impl TensorMap {
-    fn elements(&self) -> Option<usize> {
+    pub(crate) fn elements(&self) -> Option<usize> {
         self.file_shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n))
     }
 

@@ -138,8 +138,8 @@ fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
 /// The bytes of a weight in the form that the forward pass reads. A form of weights that is not packed at its first use
 /// answers here.
 fn held_bytes(param: &Param, precision: Precision) -> u64 {
-    if param.shape().len() < 2 {
-        return size_of_val(param.value().data()) as u64;
+    if param.is_frozen() || param.shape().len() < 2 {
+        return param.bytes() as u64;
     }
     // The router computes in f32, whatever the rest does.
     let precision = if param.name().ends_with(".router") { Precision::F32 } else { precision };

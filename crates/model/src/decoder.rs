@@ -36,8 +36,10 @@ pub struct ParameterCount {
     pub active: usize,
 }
 
+/// Makes the weight of an id, a name and a shape.
+pub(crate) type MakeParam<'s> = dyn FnMut(usize, &str, &[usize]) -> Result<Param, ModelError> + 's;
 /// Gives a weight of the name and shape asked for.
-pub(crate) type Make<'s, T> = dyn FnMut(&str, &[usize]) -> Result<T, ModelError> + 's;
+type Make<'s, T> = dyn FnMut(&str, &[usize]) -> Result<T, ModelError> + 's;
 
 /// Standard deviation of initial weights.
 const INITIAL_DEVIATION: f32 = 0.02;
@@ -51,14 +53,14 @@ impl Model {
     pub fn new(config: &ModelConfig, seed: u64) -> Result<Self, ModelError> {
         let mut rng = Rng::new(seed);
         let residual = INITIAL_DEVIATION / (2.0 * config.n_layers as f32).sqrt();
-        Self::build(config, &mut |name, shape| {
+        Self::build(config, &mut |id, name, shape| {
             let mut value = Tensor::zeros(shape);
             match name.rsplit('.').next() {
                 Some(name) if name.ends_with("norm") => value.data_mut().fill(1.0),
                 Some("o" | "down") => rng.fill_normal(value.data_mut(), residual),
                 _ => rng.fill_normal(value.data_mut(), INITIAL_DEVIATION),
             }
-            Ok(value)
+            Ok(Param::new(id, name, value))
         })
     }
 
@@ -68,20 +70,19 @@ impl Model {
     /// The tensor that is missing, surplus, of another shape or type.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
         let mut values = checkpoint.load()?;
-        Self::build(checkpoint.config(), &mut |name, shape| {
+        Self::build(checkpoint.config(), &mut |id, name, shape| {
             let value = values.remove(name).expect("a family's tensors make all weights");
-            Ok(value.reshape(shape))
+            Ok(Param::new(id, name, value.reshape(shape)))
         })
     }
 
     /// Makes every weight, in the order of their ids, from its name and shape.
-    pub(crate) fn build(config: &ModelConfig, value: &mut Make<'_, Tensor>) -> Result<Self, ModelError> {
+    pub(crate) fn build(config: &ModelConfig, make: &mut MakeParam<'_>) -> Result<Self, ModelError> {
         config.validate().map_err(|(key, message)| ModelError::config("configuration", key, message))?;
         let mut next_id = 0;
         let mut param = |name: String, shape: &[usize]| -> Result<Param, ModelError> {
-            let param = Param::new(next_id, name.clone(), value(&name, shape)?);
             next_id += 1;
-            Ok(param)
+            make(next_id - 1, &name, shape)
         };
         let (hidden, vocab) = (config.hidden, config.vocab_size);
         let (queries, keys) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
@@ -137,7 +138,7 @@ impl Model {
 
     /// Total and active weights, embeddings included (a tied one once).
     pub fn count_params(&self) -> ParameterCount {
-        let total = self.params().iter().map(|param| param.value().data().len()).sum();
+        let total = self.params().iter().map(|param| param.n_elements()).sum();
         let idle = match self.config.ffn {
             Ffn::Dense { .. } => 0,
             Ffn::Moe { n_experts, top_k, width, .. } => {

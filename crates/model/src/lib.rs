@@ -19,6 +19,7 @@ mod feed_forward;
 pub mod files;
 mod loss;
 mod observer;
+mod running;
 pub mod safetensors;
 pub mod shapes;
 
@@ -32,4 +33,5 @@ pub use error::ModelError;
 pub use files::atomic_write;
 pub use loss::{Loss, LossSettings};
 pub use observer::{Observer, Silent};
+pub use running::{LoadProgress, RunFormat};
 pub use safetensors::Dtype;

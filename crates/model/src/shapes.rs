@@ -1,8 +1,10 @@
 //! Shapes of published models, for measuring speed without a download: configurations, and random weights for them.
 
-use crate::{Ffn, Model, ModelConfig, ModelError};
+use crate::running::{is_matrix, pack_matrices};
+use crate::{Ffn, Model, ModelConfig, ModelError, RunFormat};
 use moebius_kernels::parallel;
-use moebius_tensor::Tensor;
+use moebius_tensor::{Param, Tensor};
+use std::ops::Range;
 
 /// A published model's sizes. Rotary base, norms and routing are the family's; what differs from Llama in its attention
 /// is not held here.
@@ -130,23 +132,31 @@ impl Model {
     ///
     /// # Errors
     /// A contradictory configuration.
-    pub fn random_for_speed(config: &ModelConfig, seed: u64) -> Result<Self, ModelError> {
+    pub fn random_for_speed(config: &ModelConfig, seed: u64, format: RunFormat) -> Result<Self, ModelError> {
         let table = normal_table();
         let mut drawn = 0;
-        Self::build(config, &mut |name, shape| {
-            let mut value = Tensor::zeros(shape);
-            if let [.., _, inputs] = *shape {
-                let deviation = match name.rsplit('.').next() {
-                    Some("embedding") => 1.0,
-                    Some("o") => 0.2 / (inputs as f32).sqrt(),
-                    _ => 1.0 / (inputs as f32).sqrt(),
-                };
-                drawn += 1;
-                fill_normal(value.data_mut(), deviation, seed ^ (drawn << 32), &table);
-            } else {
+        Self::build(config, &mut |id, name, shape| {
+            let [.., _, inputs] = *shape else {
+                let mut value = Tensor::zeros(shape);
                 value.data_mut().fill(1.0);
+                return Ok(Param::new(id, name, value));
+            };
+            let deviation = match name.rsplit('.').next() {
+                Some("embedding") => 1.0,
+                Some("o") => 0.2 / (inputs as f32).sqrt(),
+                _ => 1.0 / (inputs as f32).sqrt(),
+            };
+            drawn += 1;
+            let mut fill = |rows: Range<usize>, out: &mut [f32]| {
+                fill_normal(out, deviation, seed ^ (drawn << 32) ^ mix(rows.start as u64), &table);
+                Ok(())
+            };
+            if is_matrix(name, shape) {
+                return Ok(Param::frozen(id, name, shape, pack_matrices(name, shape, format, &mut fill)?)?);
             }
-            Ok(value)
+            let mut value = Tensor::zeros(shape);
+            fill(0..0, value.data_mut())?;
+            Ok(Param::new(id, name, value))
         })
     }
 }

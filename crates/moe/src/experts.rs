@@ -38,8 +38,8 @@ impl ExpertBank {
     /// # Shapes
     /// gate_up `[experts, 2 * width, hidden]` (the gate's rows first), down `[experts, hidden, width]`.
     pub fn new(gate_up: Param, down: Param) -> Result<Self, MoeError> {
-        let [experts, both, hidden] = gate_up.value().dims()?;
-        let [down_experts, down_hidden, width] = down.value().dims()?;
+        let [experts, both, hidden] = gate_up.dims()?;
+        let [down_experts, down_hidden, width] = down.dims()?;
         if (down_experts, down_hidden, 2 * width) == (experts, hidden, both) {
             Ok(Self { gate_up, down, width })
         } else {
@@ -64,7 +64,7 @@ impl ExpertBank {
     /// x `[tokens, hidden]`, weights `[assignments]` in the plan's row order, result `[tokens, hidden]`.
     pub fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var, plan: &Rc<Plan>, weights: &Var) -> Result<Var, MoeError> {
         let [tokens, hidden] = x.dims()?;
-        let [experts, _, wanted] = self.gate_up.value().dims()?;
+        let [experts, _, wanted] = self.gate_up.dims()?;
         if hidden != wanted || tokens != plan.n_tokens() || experts != plan.n_experts() {
             let (wanted, found) = (vec![plan.n_tokens(), wanted], vec![tokens, hidden]);
             return Err(TensorError::Shape { what: "experts' input", wanted, found }.into());
@@ -74,6 +74,9 @@ impl ExpertBank {
             return Err(TensorError::Shape { what: "experts' weights", wanted, found }.into());
         }
         let precision = g.precision();
+        if g.is_recording() {
+            self.params().into_iter().try_for_each(Param::check_trainable)?;
+        }
         let saved = self.compute(precision, x.data(), hidden, plan);
         let (token_offsets, token_rows) = plan.rows_of_token();
         let mut out = Buffer::scratch(tokens * hidden);
@@ -89,15 +92,11 @@ impl ExpertBank {
     /// All experts on their rows.
     fn compute(&self, precision: Precision, x: &[f32], hidden: usize, plan: &Plan) -> Saved {
         let (rows, width) = (plan.n_assignments(), self.width);
-        let x = gathered(x, hidden, plan);
         let mut gate_up = Buffer::scratch(rows * 2 * width);
-        let packed = self.gate_up.packed_forward(precision);
-        grouped_matmul(Mat::new(&x, rows, hidden), plan.offsets(), packed, &mut gate_up, Beta::Overwrite);
-        drop(x);
+        self.gate_up.grouped_product(precision, x, Some(plan.token()), plan.offsets(), &mut gate_up);
         let inner = self.inner(&gate_up);
         let mut y = Buffer::scratch(rows * hidden);
-        let packed = self.down.packed_forward(precision);
-        grouped_matmul(Mat::new(&inner, rows, width), plan.offsets(), packed, &mut y, Beta::Overwrite);
+        self.down.grouped_product(precision, &inner, None, plan.offsets(), &mut y);
         Saved { gate_up, y }
     }
 

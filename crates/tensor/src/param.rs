@@ -1,8 +1,10 @@
 //! [`Param`]: a named weight with its packed forms, and [`Gradients`], kept apart from it.
 
-use crate::Tensor;
-use moebius_kernels::gemm::{Mat, Packed, Precision};
+use crate::{Tensor, TensorError};
+use moebius_kernels::gemm::{Beta, Mat, Packed, Precision, grouped_matmul};
 use moebius_kernels::memory::Buffer;
+use moebius_kernels::parallel;
+use moebius_kernels::quantised::{QuantisedMatrix, grouped_quantised_matmul};
 use moebius_kernels::select;
 use std::sync::OnceLock;
 
@@ -16,15 +18,72 @@ type Packs = [OnceLock<Vec<Packed>>; 2];
 pub struct Param {
     id: usize,
     name: String,
-    value: Tensor,
+    shape: Vec<usize>,
+    numbers: Numbers,
     forward: Packs,
     backward: Packs,
+}
+
+/// So many rows of a frozen embedding are decoded by one thread.
+const SERIAL_ROWS: usize = 4;
+
+/// How a weight is held.
+#[derive(Debug)]
+enum Numbers {
+    Dense(Tensor),
+    Frozen(Frozen),
+}
+
+/// The matrices of a weight that is only run: one, or one an expert, as the products read them and in no other form.
+#[derive(Debug)]
+pub enum Frozen {
+    /// In f32 or bf16.
+    Packed(Vec<Packed>),
+    /// In a block format; the products quantise what they multiply with, whatever the precision asked for.
+    Quantised(Vec<QuantisedMatrix>),
+}
+
+impl Frozen {
+    /// Outputs and inputs of each matrix.
+    fn dims(&self) -> Vec<[usize; 2]> {
+        match self {
+            Self::Packed(matrices) => matrices.iter().map(|w| [w.n(), w.k()]).collect(),
+            Self::Quantised(matrices) => matrices.iter().map(|w| [w.n(), w.k()]).collect(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Packed(matrices) => matrices.iter().map(Packed::bytes).sum(),
+            Self::Quantised(matrices) => matrices.iter().map(|matrix| matrix.bytes().len()).sum(),
+        }
+    }
 }
 
 impl Param {
     /// A weight. `id` is its place among the model's weights, and in [`Gradients`].
     pub fn new(id: usize, name: impl Into<String>, value: Tensor) -> Self {
-        Self { id, name: name.into(), value, forward: Packs::default(), backward: Packs::default() }
+        let (shape, numbers) = (value.shape().to_vec(), Numbers::Dense(value));
+        Self { id, name: name.into(), shape, numbers, forward: Packs::default(), backward: Packs::default() }
+    }
+
+    /// A weight of which only products are asked.
+    ///
+    /// # Errors
+    /// Matrices of another shape than `[out, in]` or `[experts, out, in]` says.
+    pub fn frozen(id: usize, name: impl Into<String>, shape: &[usize], matrices: Frozen) -> Result<Self, TensorError> {
+        let wanted = match *shape {
+            [out, inner] => vec![[out, inner]],
+            [experts, out, inner] => vec![[out, inner]; experts],
+            _ => return Err(TensorError::Rank { wanted: 2, found: shape.to_vec() }),
+        };
+        let dims = matrices.dims();
+        if dims != wanted {
+            let (wanted, found) = (wanted.concat(), dims.concat());
+            return Err(TensorError::Shape { what: "packed matrices", wanted, found });
+        }
+        let (forward, backward) = (Packs::default(), Packs::default());
+        Ok(Self { id, name: name.into(), shape: shape.to_vec(), numbers: Numbers::Frozen(matrices), forward, backward })
     }
 
     /// Its place among the model's weights.
@@ -43,18 +102,64 @@ impl Param {
     }
 
     /// Its numbers.
+    ///
+    /// # Panics
+    /// If it is [frozen](Param::is_frozen): then it has only products.
     pub fn value(&self) -> &Tensor {
-        &self.value
+        match &self.numbers {
+            Numbers::Dense(value) => value,
+            Numbers::Frozen(_) => panic!("{}: a frozen weight has only products", self.name),
+        }
+    }
+
+    /// Whether only products are asked of it.
+    pub fn is_frozen(&self) -> bool {
+        matches!(self.numbers, Numbers::Frozen(_))
+    }
+
+    /// An error if it is frozen: for operations that need its gradient.
+    ///
+    /// # Errors
+    /// Its name.
+    pub fn check_trainable(&self) -> Result<(), TensorError> {
+        if self.is_frozen() { Err(TensorError::Frozen(self.name.clone())) } else { Ok(()) }
     }
 
     /// Its shape.
     pub fn shape(&self) -> &[usize] {
-        self.value.shape()
+        &self.shape
+    }
+
+    /// The dimensions bound by name.
+    ///
+    /// # Errors
+    /// Another number of dimensions.
+    pub fn dims<const N: usize>(&self) -> Result<[usize; N], TensorError> {
+        <[usize; N]>::try_from(&self.shape[..]).map_err(|_| TensorError::Rank { wanted: N, found: self.shape.clone() })
+    }
+
+    /// How many numbers it has.
+    pub fn n_elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The bytes that it is held in, packed forms for training left out.
+    pub fn bytes(&self) -> usize {
+        match &self.numbers {
+            Numbers::Dense(value) => size_of_val::<[f32]>(value.data()),
+            Numbers::Frozen(matrices) => matrices.bytes(),
+        }
     }
 
     /// Changes the numbers in place; packed forms are made anew at their next use.
+    ///
+    /// # Panics
+    /// If it is frozen.
     pub fn update(&mut self, change: impl FnOnce(&mut [f32])) {
-        change(self.value.data_mut());
+        match &mut self.numbers {
+            Numbers::Dense(value) => change(value.data_mut()),
+            Numbers::Frozen(_) => panic!("{}: a frozen weight does not change", self.name),
+        }
         self.forward = Packs::default();
         self.backward = Packs::default();
     }
@@ -64,8 +169,66 @@ impl Param {
     /// # Panics
     /// If the shape differs.
     pub fn set(&mut self, value: Tensor) {
-        assert_eq!(value.shape(), self.value.shape(), "{}: shape", self.name);
+        assert_eq!(value.shape(), self.shape, "{}: shape", self.name);
         *self = Self::new(self.id, std::mem::take(&mut self.name), value);
+    }
+
+    /// y = x Wᵀ for a weight of one matrix.
+    ///
+    /// # Shapes
+    /// x `[rows, in]`, y `[rows, out]`.
+    pub fn product(&self, precision: Precision, x: &[f32], y: &mut [f32]) {
+        let rows = y.len() / self.shape[self.shape.len() - 2].max(1);
+        self.grouped_product(precision, x, None, &[0, rows], y);
+    }
+
+    /// `y[i] = W[g] x[i]` for the rows `i` of each group `g`; with `source`, `y[i] = W[g] x[source[i]]`.
+    ///
+    /// # Shapes
+    /// x `[tokens, in]`, source `[rows]`, offsets `[experts + 1]`, y `[rows, out]`.
+    pub fn grouped_product(
+        &self,
+        precision: Precision,
+        x: &[f32],
+        source: Option<&[u32]>,
+        offsets: &[usize],
+        y: &mut [f32],
+    ) {
+        let packed = match &self.numbers {
+            Numbers::Frozen(Frozen::Quantised(matrices)) => {
+                return grouped_quantised_matmul(x, source, offsets, matrices, y);
+            }
+            Numbers::Frozen(Frozen::Packed(matrices)) => matrices,
+            Numbers::Dense(_) => self.packed_forward(precision),
+        };
+        let inner = self.shape[self.shape.len() - 1];
+        let gathered = source.map(|source| {
+            let mut rows = Buffer::scratch(source.len() * inner);
+            select::gather_rows(x, inner, source, &mut rows);
+            rows
+        });
+        let x = gathered.as_deref().unwrap_or(x);
+        let rows = x.len() / inner.max(1);
+        grouped_matmul(Mat::new(x, rows, inner), offsets, packed, y, Beta::Overwrite);
+    }
+
+    /// Rows of a weight of one matrix, as an embedding's.
+    ///
+    /// # Shapes
+    /// ids `[rows]` below `out`, result `[rows, in]`.
+    pub fn rows(&self, ids: &[u32]) -> Buffer<f32> {
+        let width = self.shape[self.shape.len() - 1];
+        let mut rows = Buffer::scratch(ids.len() * width);
+        match &self.numbers {
+            Numbers::Dense(value) => select::gather_rows(value.data(), width, ids, &mut rows),
+            Numbers::Frozen(matrices) => {
+                parallel::rows_mut(&mut rows, width, 1, SERIAL_ROWS * width, |first, row| match matrices {
+                    Frozen::Packed(matrices) => matrices[0].column(ids[first] as usize, row),
+                    Frozen::Quantised(matrices) => matrices[0].row(ids[first] as usize, row),
+                });
+            }
+        }
+        rows
     }
 
     /// The matrices W as operands of x Wᵀ: one for `[out, in]`, one an expert for `[experts, out, in]`.
@@ -80,7 +243,7 @@ impl Param {
 
     fn pack(&self, precision: Precision, transposed: bool) -> Vec<Packed> {
         let [.., rows, cols] = *self.shape() else { panic!("{}: a vector is no matrix", self.name) };
-        let matrices: Vec<Mat> = (self.value.data().chunks_exact((rows * cols).max(1)))
+        let matrices: Vec<Mat> = (self.value().data().chunks_exact((rows * cols).max(1)))
             .map(|w| Mat::new(w, rows, cols))
             .map(|w| if transposed { w.t() } else { w })
             .collect();
@@ -169,7 +332,7 @@ impl Gradients {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moebius_kernels::gemm::{Beta, matmul_packed};
+    use moebius_kernels::gemm::matmul_packed;
 
     #[test]
     fn packs_last_until_the_weight_changes() {

@@ -25,6 +25,9 @@ pub enum TensorError {
         /// The shape found.
         found: Vec<usize>,
     },
+    /// A weight that only products are made with is asked for its gradient.
+    #[error("{0} is held for running only: load the model for training to have gradients")]
+    Frozen(String),
 }
 
 /// Numbers with a shape. Cloning shares them; [`Tensor::data_mut`] copies first if they are shared.

@@ -24,7 +24,7 @@ pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     let options = options(arguments, &source.generation_defaults()?);
     options.sampling.validate()?;
     let tokenizer = source.tokenizer()?;
-    let model = source.model()?;
+    let model = source.model_to_run(arguments.precision.format())?;
     let colours = output::colours();
 
     let mut printer = if arguments.show_experts {
@@ -36,7 +36,7 @@ pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         Printer::Text
     };
     let mut failure = None;
-    let generator = Generator::new(&model, &tokenizer, arguments.dtype.into());
+    let generator = Generator::new(&model, &tokenizer, arguments.precision.dtype.into());
     let summary = generator.generate(&prompt, &options, &mut |event| match printer.print(&event) {
         Ok(()) => ControlFlow::Continue(()),
         Err(error) => {

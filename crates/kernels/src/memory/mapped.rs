@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 /// A file's bytes, read by the operating system as they are touched.
@@ -22,6 +22,14 @@ impl MappedFile {
         // renaming, which leaves the mapped one as it was, and parsers check what they read from it.
         let map = unsafe { memmap2::Mmap::map(&file)? };
         Ok(Self { map })
+    }
+
+    /// Asks the operating system to read a part ahead of its use. Where it cannot, the part is read when touched.
+    pub fn will_need(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

@@ -3,7 +3,9 @@
 mod buffer;
 mod mapped;
 mod pool;
+mod shared;
 
 pub use buffer::Buffer;
 pub use mapped::MappedFile;
 pub use pool::{PoolStatistics, release_pool, statistics};
+pub use shared::SharedBytes;

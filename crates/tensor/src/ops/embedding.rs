@@ -1,7 +1,6 @@
 //! Rows of a table by token id.
 
 use crate::{Graph, Param, Tensor, TensorError, Var};
-use moebius_kernels::memory::Buffer;
 use moebius_kernels::select;
 
 /// The rows of `table` that `ids` name.
@@ -12,11 +11,14 @@ use moebius_kernels::select;
 /// # Panics
 /// If an id lies outside the table: callers check ids where they enter.
 pub fn embedding<'p>(g: &Graph<'p>, ids: &[u32], table: &'p Param) -> Result<Var, TensorError> {
-    let [_, hidden] = table.value().dims()?;
-    let mut out = Buffer::scratch(ids.len() * hidden);
-    select::gather_rows(table.value().data(), hidden, ids, &mut out);
+    let [_, hidden] = table.dims()?;
+    let rows = Tensor::new(&[ids.len(), hidden], table.rows(ids));
+    if !g.is_recording() {
+        return Ok(Var::constant(rows));
+    }
+    table.check_trainable()?;
     let ids = ids.to_vec();
-    Ok(g.record(Tensor::new(&[ids.len(), hidden], out), move |dy, back| {
+    Ok(g.record(rows, move |dy, back| {
         select::embedding_backward(&dy, hidden, &ids, back.weight_sum(table));
     }))
 }

@@ -2,7 +2,7 @@
 
 use super::rows_of;
 use crate::{Graph, Param, Tensor, TensorError, Var};
-use moebius_kernels::gemm::{Beta, Mat, Precision, grouped_matmul_weight_gradient, matmul_packed};
+use moebius_kernels::gemm::{Mat, Precision, grouped_matmul_weight_gradient, matmul_packed};
 use moebius_kernels::memory::Buffer;
 
 /// x Wᵀ in the graph's precision.
@@ -19,10 +19,14 @@ pub fn linear_f32<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param) -> Result<Var, 
 }
 
 fn linear_in<'p>(g: &Graph<'p>, precision: Precision, x: &Var, weight: &'p Param) -> Result<Var, TensorError> {
-    let [out, inner] = weight.value().dims()?;
+    let [out, inner] = weight.dims()?;
     let rows = rows_of("linear input", x, inner)?;
     let mut y = Buffer::scratch(rows * out);
-    matmul_packed(Mat::new(x.data(), rows, inner), &weight.packed_forward(precision)[0], &mut y, Beta::Overwrite);
+    weight.product(precision, x.data(), &mut y);
+    if !g.is_recording() {
+        return Ok(Var::constant(Tensor::new(&[rows, out], y)));
+    }
+    weight.check_trainable()?;
     let input = x.clone();
     Ok(g.record(Tensor::new(&[rows, out], y), move |dy, back| {
         let dy = Mat::new(&dy, rows, out);

@@ -11,7 +11,7 @@ use moebius_kernels::gemm::Precision;
 use moebius_kernels::isa::Isa;
 use moebius_kernels::machine;
 use moebius_model::checkpoint::StoredAs;
-use moebius_model::{Model, ModelConfig, save_model, shapes};
+use moebius_model::{Model, ModelConfig, RunFormat, save_model, shapes};
 
 use crate::arguments::BenchArguments;
 use crate::models::Source;
@@ -33,13 +33,13 @@ const SEED: u64 = 1;
 /// A model that cannot be read, a shape that nobody knows or that does not fit into memory, sequences longer than the
 /// model's context, an output that cannot be written.
 pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
-    let precision = Precision::from(arguments.dtype);
+    let (precision, format) = (Precision::from(arguments.precision.dtype), arguments.precision.format());
     let started = Instant::now();
     let (name, model) = match &arguments.random_weights {
-        Some(shape) => (format!("{shape}, random weights"), random_model(shape, precision)?),
+        Some(shape) => (format!("{shape}, random weights"), random_model(shape, format)?),
         None => {
             let name = arguments.model.as_ref().map_or("shipped".into(), |path| path.display().to_string());
-            (name, Source::new(arguments.model.as_deref()).model()?)
+            (name, Source::new(arguments.model.as_deref()).model_to_run(format)?)
         }
     };
     let load_seconds = started.elapsed().as_secs_f64();
@@ -86,13 +86,13 @@ fn measure_machine(precision: Precision) -> Machine {
 }
 
 /// The shape with random weights, if memory holds them.
-fn random_model(shape: &str, precision: Precision) -> anyhow::Result<Model> {
+fn random_model(shape: &str, format: RunFormat) -> anyhow::Result<Model> {
     let config = shapes::published(shape).map_err(|message| anyhow!("--random-weights {shape}: {message}"))?;
     if let Some(available) = memory::available() {
-        check_memory(shape, &config, precision, available)?;
+        check_memory(shape, &config, format, available)?;
     }
     output::note(&format!("{shape}: drawing {} weights", output::count(count_weights(&config, config.n_layers))));
-    Ok(Model::random_for_speed(&config, SEED)?)
+    Ok(Model::random_for_speed(&config, SEED, format)?)
 }
 
 /// Weights of the matrices of a shape cut to some layers.
@@ -106,13 +106,8 @@ fn count_weights(config: &ModelConfig, n_layers: usize) -> usize {
 }
 
 /// An error that says what would fit.
-fn check_memory(shape: &str, config: &ModelConfig, precision: Precision, available: u64) -> anyhow::Result<()> {
-    // Weights are held in f32 and in the form that the products read.
-    let bytes_each = match precision {
-        Precision::F32 => 8,
-        Precision::Bf16 => 6,
-    };
-    let needed = |layers| (count_weights(config, layers) * bytes_each) as u64;
+fn check_memory(shape: &str, config: &ModelConfig, format: RunFormat, available: u64) -> anyhow::Result<()> {
+    let needed = |layers| (count_weights(config, layers) as f64 * format.bits() / 8.0) as u64;
     if needed(config.n_layers) <= available {
         return Ok(());
     }
@@ -137,10 +132,10 @@ mod tests {
     #[test]
     fn a_shape_that_does_not_fit_says_what_would() {
         let config = shapes::published("olmoe-1b-7b").unwrap();
-        let check = |available| check_memory("olmoe-1b-7b", &config, Precision::Bf16, available);
+        let check = |available| check_memory("olmoe-1b-7b", &config, RunFormat::Bf16, available);
         assert!(check(1 << 40).is_ok());
-        let message = check(20_000_000_000).unwrap_err().to_string();
-        assert!(message.contains("41.5 GB") && message.contains("20.0 GB"), "{message}");
+        let message = check(7_000_000_000).unwrap_err().to_string();
+        assert!(message.contains("13.8 GB") && message.contains("7.0 GB"), "{message}");
         assert!(message.contains("olmoe-1b-7b:7 would fit"), "{message}");
         assert!(check(1000).unwrap_err().to_string().contains("not even one layer"));
     }

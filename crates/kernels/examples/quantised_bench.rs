@@ -1,0 +1,118 @@
+//! Speed of the products with block formats, beside the machine's limits: how fast memory streams, and how many
+//! multiplications of bytes the processor can start.
+//!
+//!     cargo run --release -p moebius-kernels --example quantised_bench [-- ROUNDS]
+//!
+//! Decoding multiplies one row with far more weights than the caches hold; prefill multiplies 512 rows, 64 rows an
+//! expert, as in OLMoE-1B-7B's layers. Each figure is the best of the rounds; every answer is compared with that of
+//! plain loops first.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use moebius_kernels::formats::Format;
+use moebius_kernels::isa::{Isa, with_isa};
+use moebius_kernels::memory::Buffer;
+use moebius_kernels::parallel;
+use moebius_kernels::quantised::{PACKED_FORMATS, QuantisedMatrix, grouped_quantised_matmul, quantised_matmul};
+
+const HIDDEN: usize = 2048;
+const EXPERT_ROWS: usize = 64;
+const EXPERTS: usize = 64;
+
+fn main() {
+    let rounds = std::env::args().nth(1).map_or(5, |rounds| rounds.parse().expect("a number of rounds"));
+    let bandwidth = stream(rounds);
+    println!("{} threads; memory streams {bandwidth:.1} GB/s", parallel::threads());
+    println!(
+        "{:10} {:8} {:>16} {:>10} {:>18} {:>18}",
+        "format", "isa", "decode GB/s", "of stream", "512 rows GOP/s", "16 rows GB/s"
+    );
+    for format in PACKED_FORMATS {
+        let weights: Vec<QuantisedMatrix> = (0..EXPERTS).map(|seed| random(format, seed)).collect();
+        for isa in Isa::available() {
+            with_isa(isa, || {
+                verify(&weights[0]);
+                let rounds = if isa == Isa::Portable { 1 } else { rounds };
+                let decode = rate(rounds, &weights, 1);
+                let some = rate(rounds, &weights, 16);
+                let prefill = rate(rounds, &weights[..8], EXPERT_ROWS);
+                let operations =
+                    prefill * 2.0 * (HIDDEN * HIDDEN * EXPERT_ROWS) as f64 / weights[0].bytes().len() as f64;
+                println!(
+                    "{:10} {:8} {decode:16.1} {:9.0}% {operations:18.0} {some:18.1}",
+                    format.name(),
+                    isa.to_string(),
+                    100.0 * decode / bandwidth,
+                );
+            });
+        }
+    }
+}
+
+/// GB of weights a second when every matrix has `rows` rows.
+fn rate(rounds: usize, weights: &[QuantisedMatrix], rows: usize) -> f64 {
+    let x: Vec<f32> = (0..rows * weights.len() * HIDDEN).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
+    let offsets: Vec<usize> = (0..=weights.len()).map(|expert| expert * rows).collect();
+    let mut y = vec![0.0; rows * weights.len() * HIDDEN];
+    let bytes: usize = weights.iter().map(|weight| weight.bytes().len()).sum();
+    let seconds = best(rounds, || {
+        // Eight at a time, as the experts of a token.
+        for (experts, offsets) in weights.chunks(8).zip(offsets.windows(9).step_by(8)) {
+            grouped_quantised_matmul(&x, None, offsets, experts, &mut y);
+        }
+    });
+    black_box(&y);
+    bytes as f64 / seconds / 1e9
+}
+
+fn best(rounds: usize, mut body: impl FnMut()) -> f64 {
+    body();
+    let time = |_| {
+        let start = Instant::now();
+        body();
+        start.elapsed().as_secs_f64()
+    };
+    (0..rounds).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// GB a second of reading half a gigabyte with all threads.
+fn stream(rounds: usize) -> f64 {
+    let mut memory = Buffer::<u64>::scratch(1 << 26);
+    memory.fill(1); // else it is one page of zeros, many times
+    let seconds = best(rounds, || {
+        let parts: Vec<&[u64]> = memory.chunks(1 << 20).collect();
+        parallel::for_each_index(parts.len(), 1, |part| {
+            let mut sums = [0u64; 32];
+            for line in parts[part].as_chunks::<32>().0 {
+                for (sum, word) in sums.iter_mut().zip(line) {
+                    *sum ^= word;
+                }
+            }
+            black_box(sums);
+        });
+    });
+    size_of_val::<[u64]>(&memory) as f64 / seconds / 1e9
+}
+
+fn random(format: Format, seed: usize) -> QuantisedMatrix {
+    let blocks = HIDDEN * HIDDEN / format.block_len();
+    let mut state = seed as u64 + 1;
+    let mut source = vec![0u8; blocks * format.block_bytes()];
+    for byte in &mut source {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // Small positive f16 wherever the scale may be.
+        *byte = (state >> 56) as u8 & 0x17;
+    }
+    QuantisedMatrix::pack(format, HIDDEN, HIDDEN, &source)
+}
+
+fn verify(weight: &QuantisedMatrix) {
+    let x: Vec<f32> = (0..2 * HIDDEN).map(|i| (i % 31) as f32 - 15.0).collect();
+    let product = || {
+        let mut y = vec![0.0; 2 * HIDDEN];
+        quantised_matmul(&x, weight, &mut y);
+        y.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    assert_eq!(product(), with_isa(Isa::Portable, product), "{weight:?}");
+}

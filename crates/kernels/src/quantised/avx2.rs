@@ -1,0 +1,124 @@
+//! The quantised products on AVX2: `vpmaddubsw` multiplies bytes and adds neighbours in 16 bits.
+//!
+//! Every sum of integers is exact, so the results are those of the other instruction sets to the bit.
+
+use std::arch::x86_64::*;
+
+use super::activations::Record;
+use super::driver::Tile;
+use super::layout::{GROUPS, LANES, Layout, Width};
+
+/// Rows that one call takes at most.
+pub(super) const ROWS: usize = 4;
+/// How far ahead of the codes in use memory is asked for, in bytes.
+const AHEAD: usize = 4096;
+
+/// One panel times the rows of `tile`, at most [`ROWS`].
+///
+/// # Safety
+/// As [`Tile`] says, on a machine with AVX2.
+pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
+    // SAFETY: handed on.
+    unsafe {
+        match tile.rows.len() {
+            1 => rows::<L, 1>(tile),
+            2 => rows::<L, 2>(tile),
+            3 => rows::<L, 3>(tile),
+            4 => rows::<L, 4>(tile),
+            rows => unreachable!("a block of {rows} rows"),
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
+    let records: [*const Record; N] = std::array::from_fn(|row| tile.rows[row]);
+    let mut sums = [[_mm256_setzero_ps(); 2]; N];
+    let mut unit = tile.panel;
+    // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
+    unsafe {
+        for index in 0..tile.units {
+            for line in 0..L::UNIT_BYTES / 64 {
+                _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
+            }
+            for block in 0..L::UNIT_BLOCKS {
+                let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
+                for side in 0..2 {
+                    let products = block_products::<L, N>(unit, block, side, &records);
+                    for half in 0..1 + usize::from(L::HALVES) {
+                        let scale = L::scales_256(unit, block, half, side);
+                        for row in 0..N {
+                            let start = _mm256_set1_epi32(records[row].start[half]);
+                            let product = _mm256_cvtepi32_ps(_mm256_add_epi32(products[row][half], start));
+                            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(records[row].scale));
+                            sums[row][side] = _mm256_fmadd_ps(product, scale, sums[row][side]);
+                        }
+                    }
+                    if L::AFFINE {
+                        let mins = L::mins_256(unit, block, side);
+                        for row in 0..N {
+                            let sum = _mm256_set1_ps(records[row].sum);
+                            sums[row][side] = _mm256_fnmadd_ps(mins, sum, sums[row][side]);
+                        }
+                    }
+                }
+            }
+            unit = unit.add(L::UNIT_BYTES);
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            let mut edge = [0.0; LANES];
+            let c = tile.c.add(row * tile.c_stride);
+            let target = if tile.columns < LANES { edge.as_mut_ptr() } else { c };
+            _mm256_storeu_ps(target, sums[0]);
+            _mm256_storeu_ps(target.add(LANES / 2), sums[1]);
+            if tile.columns < LANES {
+                std::slice::from_raw_parts_mut(c, tile.columns).copy_from_slice(&edge[..tile.columns]);
+            }
+        }
+    }
+}
+
+/// The sums of a block's products for eight columns, of its two halves, or of the whole in the first. What signed codes
+/// need no correction for is taken from the start again.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn block_products<L: Layout, const N: usize>(
+    unit: *const u8,
+    block: usize,
+    side: usize,
+    records: &[&Record; N],
+) -> [[__m256i; 2]; N] {
+    let ones = _mm256_set1_epi16(1);
+    let mut sums = [[_mm256_setzero_si256(); 2]; N];
+    // SAFETY: the unit is whole, and so are the records.
+    unsafe {
+        for group in 0..GROUPS / 2 {
+            let pair = L::codes_256(unit, block, group, side);
+            for (half, codes) in pair.into_iter().enumerate() {
+                let target = if L::HALVES { half } else { 0 };
+                for row in 0..N {
+                    let words: *const i32 = records[row].codes.as_ptr().cast();
+                    let a = _mm256_set1_epi32(words.add(group + half * GROUPS / 2).read());
+                    let sum = &mut sums[row][target];
+                    *sum = match L::WIDTH {
+                        Width::Nibble => _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes, a)),
+                        Width::Byte => _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, a), ones)),
+                        Width::Signed => {
+                            let products = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(a, codes));
+                            _mm256_add_epi32(*sum, _mm256_madd_epi16(products, ones))
+                        }
+                    };
+                }
+            }
+        }
+        for (row, sums) in sums.iter_mut().enumerate() {
+            if L::WIDTH == Width::Nibble {
+                *sums = sums.map(|sum| _mm256_madd_epi16(sum, ones));
+            }
+            if L::WIDTH == Width::Signed {
+                sums[0] = _mm256_sub_epi32(sums[0], _mm256_set1_epi32(records[row].start[0]));
+            }
+        }
+    }
+    sums
+}

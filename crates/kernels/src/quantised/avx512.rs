@@ -1,0 +1,94 @@
+//! The quantised products on AVX-512: `vpdpbusd` adds four products of bytes to each of sixteen columns.
+
+use std::arch::x86_64::*;
+
+use super::activations::Record;
+use super::driver::Tile;
+use super::layout::{GROUPS, LANES, Layout};
+
+/// Rows that one call takes at most.
+pub(super) const ROWS: usize = 12;
+/// With so few rows the weights come from memory faster than they are used.
+const STREAMING_ROWS: usize = 4;
+/// How far ahead of the codes in use memory is asked for, in bytes.
+const AHEAD: usize = 4096;
+
+/// One panel times the rows of `tile`, at most [`ROWS`].
+///
+/// # Safety
+/// As [`Tile`] says, on a machine with AVX-512.
+pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
+    // SAFETY: handed on.
+    unsafe {
+        match tile.rows.len() {
+            1 => rows::<L, 1>(tile),
+            2 => rows::<L, 2>(tile),
+            3 => rows::<L, 3>(tile),
+            4 => rows::<L, 4>(tile),
+            5 => rows::<L, 5>(tile),
+            6 => rows::<L, 6>(tile),
+            7 => rows::<L, 7>(tile),
+            8 => rows::<L, 8>(tile),
+            9 => rows::<L, 9>(tile),
+            10 => rows::<L, 10>(tile),
+            11 => rows::<L, 11>(tile),
+            12 => rows::<L, 12>(tile),
+            rows => unreachable!("a block of {rows} rows"),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
+    let mut sums = [_mm512_setzero_ps(); N];
+    let records: [*const Record; N] = std::array::from_fn(|row| tile.rows[row]);
+    let mut unit = tile.panel;
+    // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
+    unsafe {
+        for index in 0..tile.units {
+            if N <= STREAMING_ROWS {
+                for line in 0..L::UNIT_BYTES / 64 {
+                    _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
+                }
+            }
+            for block in 0..L::UNIT_BLOCKS {
+                let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
+                let mut products = [_mm512_setzero_si512(); N];
+                for half in 0..2 {
+                    // Half of the codes at a time, so that all rows' sums and products fit into the registers too.
+                    let codes = L::codes_512(unit, block, half);
+                    if half == 0 || L::HALVES {
+                        for (product, record) in products.iter_mut().zip(records) {
+                            *product = _mm512_set1_epi32(record.start[half]);
+                        }
+                    }
+                    for (group, codes) in codes.into_iter().enumerate() {
+                        for (product, record) in products.iter_mut().zip(records) {
+                            let words: *const i32 = record.codes.as_ptr().cast();
+                            let a = _mm512_set1_epi32(words.add(half * GROUPS / 2 + group).read());
+                            *product = _mm512_dpbusd_epi32(*product, codes, a);
+                        }
+                    }
+                    if half == 1 || L::HALVES {
+                        let scales = L::scales_512(unit, block, if L::HALVES { half } else { 0 });
+                        for ((sum, product), record) in sums.iter_mut().zip(products).zip(records) {
+                            let scale = _mm512_mul_ps(scales, _mm512_set1_ps(record.scale));
+                            *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, *sum);
+                        }
+                    }
+                }
+                if L::AFFINE {
+                    let mins = L::mins_512(unit, block);
+                    for (sum, record) in sums.iter_mut().zip(records) {
+                        *sum = _mm512_fnmadd_ps(mins, _mm512_set1_ps(record.sum), *sum);
+                    }
+                }
+            }
+            unit = unit.add(L::UNIT_BYTES);
+        }
+        let mask: __mmask16 = if tile.columns == LANES { !0 } else { (1 << tile.columns) - 1 };
+        for (row, sum) in sums.into_iter().enumerate() {
+            _mm512_mask_storeu_ps(tile.c.add(row * tile.c_stride), mask, sum);
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! Loading a model that is only run: its matrices as the products read them, and in no other form.
+//!
+//! Matrices in a block format that the kernels multiply with keep their bits; others become f32 or bf16, or are encoded
+//! in a block format. Routers, norms and biases stay f32. Weights are read and packed one matrix at a time, so that
+//! memory holds the packed model and little besides.
+
+use crate::families::TensorMap;
+use crate::safetensors::{Dtype, TensorView};
+use crate::{Checkpoint, Model, ModelError};
+use moebius_kernels::formats::Format;
+use moebius_kernels::gemm::{Mat, Packed, Precision};
+use moebius_kernels::memory::Buffer;
+use moebius_kernels::quantised::{PACKED_FORMATS, QuantisedMatrix, packed_bytes};
+use moebius_tensor::{Frozen, Param, Tensor};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+/// What the matrices of a model that is run are held in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RunFormat {
+    /// Block formats as they are stored, where the kernels have them; everything else in bf16.
+    #[default]
+    AsStored,
+    /// All in f32.
+    F32,
+    /// All in bf16.
+    Bf16,
+    /// All in a block format; the embedding and the head, on which most depends, in at least six bits; matrices whose
+    /// rows its blocks do not divide in bf16.
+    Block(Format),
+}
+
+/// The names of all [`RunFormat`]s.
+fn names() -> Vec<&'static str> {
+    let blocks = PACKED_FORMATS.into_iter().filter(|format| format.can_encode()).map(Format::name);
+    ["stored", "f32", "bf16"].into_iter().chain(blocks).collect()
+}
+
+impl fmt::Display for RunFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::AsStored => "stored",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Block(format) => format.name(),
+        })
+    }
+}
+
+impl FromStr for RunFormat {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        if !names().contains(&name) {
+            return Err(format!("wanted one of {}", names().join(", ")));
+        }
+        Ok(match name {
+            "stored" => Self::AsStored,
+            "f32" => Self::F32,
+            "bf16" => Self::Bf16,
+            block => Self::Block(Format::from_name(block).expect("a format of the list")),
+        })
+    }
+}
+
+impl RunFormat {
+    /// Bits that a weight takes, about: embedding and head may take more, stored formats fewer.
+    pub fn bits(self) -> f64 {
+        match self {
+            Self::F32 => 32.0,
+            Self::AsStored | Self::Bf16 => 16.0,
+            Self::Block(format) => {
+                let bytes = packed_bytes(format, 16, 256).unwrap_or(2 * 16 * 256);
+                8.0 * bytes as f64 / (16.0 * 256.0)
+            }
+        }
+    }
+
+    /// What a matrix `[n, k]` of a weight is held in, if not in what it is stored in.
+    fn target(self, param: &str, k: usize) -> Target {
+        match self {
+            Self::F32 => Target::Plain(Precision::F32),
+            Self::AsStored | Self::Bf16 => Target::Plain(Precision::Bf16),
+            Self::Block(format) => {
+                let format = match format {
+                    Format::Q4_K if is_delicate(param) => Format::Q6_K,
+                    Format::Q4_0 | Format::IQ4_NL | Format::MXFP4 if is_delicate(param) => Format::Q8_0,
+                    format => format,
+                };
+                if packed_bytes(format, 1, k).is_some() {
+                    Target::Block(format)
+                } else {
+                    Target::Plain(Precision::Bf16)
+                }
+            }
+        }
+    }
+}
+
+enum Target {
+    Plain(Precision),
+    Block(Format),
+}
+
+/// Whether a weight turns tokens into numbers or back.
+fn is_delicate(param: &str) -> bool {
+    matches!(param, "embedding" | "head")
+}
+
+/// Whether a weight is a matrix, or a stack of them, of which only products (or rows) are asked.
+pub(crate) fn is_matrix(param: &str, shape: &[usize]) -> bool {
+    let last = param.rsplit('.').next().unwrap_or(param);
+    shape.len() >= 2 && matches!(last, "q" | "k" | "v" | "o" | "gate_up" | "down" | "embedding" | "head")
+}
+
+/// What of a model is packed already, told while it is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Weights packed.
+    pub done: usize,
+    /// Weights there are.
+    pub total: usize,
+}
+
+impl Model {
+    /// Loads a model to be run, its matrices in `format`. It cannot be trained or saved.
+    ///
+    /// # Errors
+    /// As [`Model::load`]; weights that a block format cannot encode.
+    pub fn load_to_run(
+        checkpoint: &Checkpoint,
+        format: RunFormat,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        let maps = checkpoint.checked_maps()?;
+        let total = maps.iter().filter_map(TensorMap::elements).sum();
+        let mut by_param: BTreeMap<&str, Vec<&TensorMap>> = BTreeMap::new();
+        maps.iter().for_each(|map| by_param.entry(&map.param).or_default().push(map));
+        by_param.values_mut().for_each(|maps| maps.sort_by_key(|map| map.rows.start));
+        let mut done = 0;
+        let model = Self::build(checkpoint.config(), &mut |id, name, shape| {
+            let weight = Weight { checkpoint, maps: &by_param[name], cols: *shape.last().expect("a shape") };
+            let param = if is_matrix(name, shape) {
+                Param::frozen(id, name, shape, weight.matrices(name, shape, format)?)?
+            } else {
+                let mut value = Buffer::scratch(shape.iter().product());
+                weight.decode(0..value.len() / weight.cols.max(1), &mut value)?;
+                Param::new(id, name, Tensor::new(shape, value))
+            };
+            done += param.n_elements();
+            progress(LoadProgress { done, total });
+            Ok(param)
+        })?;
+        moebius_kernels::memory::release_pool();
+        Ok(model)
+    }
+}
+
+/// The matrices of a weight in what `format` says, each from numbers that `fill` writes, given its rows.
+pub(crate) fn pack_matrices(
+    name: &str,
+    shape: &[usize],
+    format: RunFormat,
+    fill: &mut dyn FnMut(Range<usize>, &mut [f32]) -> Result<(), ModelError>,
+) -> Result<Frozen, ModelError> {
+    let [.., out, inner] = *shape else { unreachable!("a matrix has two dimensions") };
+    let count = shape.iter().rev().skip(2).product::<usize>();
+    let mut value = Buffer::<f32>::scratch(out * inner);
+    let mut next = |index: usize| fill(index * out..(index + 1) * out, &mut value).map(|()| &value[..]);
+    match format.target(name, inner) {
+        Target::Plain(precision) => {
+            let pack = |index| Ok(Packed::pack(precision, Mat::new(next(index)?, out, inner).t()));
+            (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Packed)
+        }
+        Target::Block(format) => {
+            let mut blocks = Buffer::<u8>::scratch(format.bytes_of(out * inner).expect("whole blocks"));
+            let pack = |index| {
+                let encoded = format.encode(next(index)?, &mut blocks);
+                encoded.map_err(|error| ModelError::tensor("weights to be packed", name, error.to_string()))?;
+                Ok(QuantisedMatrix::pack(format, out, inner, &blocks))
+            };
+            (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Quantised)
+        }
+    }
+}
+
+/// The tensors of a checkpoint that make one weight, in the order of their rows.
+struct Weight<'c> {
+    checkpoint: &'c Checkpoint<'c>,
+    maps: &'c [&'c TensorMap],
+    cols: usize,
+}
+
+/// Some rows of a stored tensor.
+struct Part<'c> {
+    view: TensorView<'c>,
+    format: Format,
+    bytes: &'c [u8],
+}
+
+impl<'c> Weight<'c> {
+    /// Each matrix packed: all in one format, for the products of a layer's experts go together.
+    fn matrices(&self, name: &str, shape: &[usize], format: RunFormat) -> Result<Frozen, ModelError> {
+        let [.., out, inner] = *shape else { unreachable!("a matrix has two dimensions") };
+        let count = shape.iter().rev().skip(2).product::<usize>();
+        let rows = |index: usize| index * out..(index + 1) * out;
+        if format == RunFormat::AsStored
+            && let Some(stored) = self.common_format(count * out)?
+            && packed_bytes(stored, out, inner).is_some()
+        {
+            let pack = |index| {
+                let parts = self.parts(rows(index))?;
+                let joined;
+                let bytes = match &parts[..] {
+                    [part] => part.bytes,
+                    parts => {
+                        joined = parts.iter().map(|part| part.bytes).collect::<Vec<_>>().concat();
+                        &joined
+                    }
+                };
+                Ok(QuantisedMatrix::pack(stored, out, inner, bytes))
+            };
+            return (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Quantised);
+        }
+        pack_matrices(name, shape, format, &mut |rows, out| self.decode(rows, out))
+    }
+
+    /// The format that all of the first `rows` rows are stored in.
+    fn common_format(&self, rows: usize) -> Result<Option<Format>, ModelError> {
+        let parts = self.parts(0..rows)?;
+        let first = parts.first().map(|part| part.format);
+        Ok(first.filter(|&format| parts.iter().all(|part| part.format == format)))
+    }
+
+    /// The stored bytes of some rows.
+    fn parts(&self, rows: Range<usize>) -> Result<Vec<Part<'c>>, ModelError> {
+        let mut parts = Vec::new();
+        for map in self.maps {
+            let (start, end) = (map.rows.start.max(rows.start), map.rows.end.min(rows.end));
+            if start < end {
+                let view = self.checkpoint.find(map)?;
+                let format = stored_format(&view)?;
+                let row_bytes = view.bytes.len() / map.rows.len();
+                let bytes = &view.bytes[(start - map.rows.start) * row_bytes..(end - map.rows.start) * row_bytes];
+                parts.push(Part { view, format, bytes });
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Some rows as f32.
+    fn decode(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
+        let mut done = 0;
+        for Part { view, format, bytes } in self.parts(rows)? {
+            let count = bytes.len() / format.block_bytes() * format.block_len();
+            if done + count > out.len() {
+                return Err(ModelError::tensor(view.file, view.name, format!("more than {} weights", out.len())));
+            }
+            format.decode(bytes, &mut out[done..done + count]);
+            done += count;
+        }
+        assert_eq!(done, out.len(), "the tensors of a weight make all of it");
+        Ok(())
+    }
+}
+
+fn stored_format(view: &TensorView<'_>) -> Result<Format, ModelError> {
+    match view.dtype {
+        Dtype::F32 => Ok(Format::F32),
+        Dtype::F16 => Ok(Format::F16),
+        Dtype::BF16 => Ok(Format::Bf16),
+        other => {
+            let message = format!("wanted F32, F16 or BF16, found {other}");
+            Err(ModelError::tensor(view.file, view.name, message))
+        }
+    }
+}
