@@ -34,7 +34,7 @@ pub enum RunFormat {
 
 /// The names of all [`RunFormat`]s.
 fn names() -> Vec<&'static str> {
-    let blocks = PACKED_FORMATS.into_iter().filter(|format| format.can_encode()).map(Format::name);
+    let blocks = PACKED_FORMATS.into_iter().map(Format::name);
     ["stored", "f32", "bf16"].into_iter().chain(blocks).collect()
 }
 
@@ -168,16 +168,20 @@ pub(crate) fn pack_matrices(
     let [.., out, inner] = *shape else { unreachable!("a matrix has two dimensions") };
     let count = shape.iter().rev().skip(2).product::<usize>();
     let mut value = Buffer::<f32>::scratch(out * inner);
-    let mut next = |index: usize| fill(index * out..(index + 1) * out, &mut value).map(|()| &value[..]);
+    let rows = |index: usize| index * out..(index + 1) * out;
     match format.target(name, inner) {
         Target::Plain(precision) => {
-            let pack = |index| Ok(Packed::pack(precision, Mat::new(next(index)?, out, inner).t()));
+            let pack = |index| {
+                fill(rows(index), &mut value)?;
+                Ok(Packed::pack(precision, Mat::new(&value, out, inner).t()))
+            };
             (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Packed)
         }
         Target::Block(format) => {
             let mut blocks = Buffer::<u8>::scratch(format.bytes_of(out * inner).expect("whole blocks"));
             let pack = |index| {
-                let encoded = format.encode(next(index)?, &mut blocks);
+                fill(rows(index), &mut value)?;
+                let encoded = format.encode(&value, &mut blocks);
                 encoded.map_err(|error| ModelError::tensor("weights to be packed", name, error.to_string()))?;
                 Ok(QuantisedMatrix::pack(format, out, inner, &blocks))
             };
