@@ -239,9 +239,9 @@ pub struct BenchArguments {
     #[arg(long, value_name = "DIR", requires = "random_weights")]
     pub out: Option<PathBuf>,
 
-    /// Tokens of the prompt
-    #[arg(long, value_name = "N", default_value = "512")]
-    pub prefill: NonZeroUsize,
+    /// Tokens of the prompt [default: 512, or as many as the model's context allows]
+    #[arg(long, value_name = "N")]
+    pub prefill: Option<NonZeroUsize>,
 
     /// Tokens read one by one after it
     #[arg(long, value_name = "N", default_value = "64")]

@@ -34,6 +34,27 @@ impl Default for BenchOptions {
     }
 }
 
+impl BenchOptions {
+    /// The longest prompt that leaves room for `decode` tokens after it.
+    pub fn longest_prefill(model: &Model, decode: usize) -> usize {
+        // A token for warming up stands between prompt and decode.
+        model.config.max_positions.saturating_sub(1 + decode)
+    }
+
+    /// # Errors
+    /// Nothing to measure, or a sequence longer than the model's context.
+    pub fn check(&self, model: &Model) -> Result<(), EngineError> {
+        if self.prefill == 0 || self.decode == 0 || self.rounds == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if self.prefill > Self::longest_prefill(model, self.decode) {
+            let found = self.prefill + 1 + self.decode;
+            return Err(ModelError::Context { found, context: model.config.max_positions }.into());
+        }
+        Ok(())
+    }
+}
+
 /// One kind of work, measured in every round.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Phase {
@@ -114,21 +135,14 @@ const BATCH_STEPS: usize = 32;
 /// is done.
 ///
 /// # Errors
-/// Nothing to measure, sequences longer than the model's context, and whatever the model reports.
+/// As [`BenchOptions::check`], and whatever the model reports.
 pub fn measure(
     model: &Model,
     precision: Precision,
     options: &BenchOptions,
     progress: &mut dyn FnMut(&str),
 ) -> Result<BenchResult, EngineError> {
-    if options.prefill == 0 || options.decode == 0 || options.rounds == 0 {
-        return Err(EngineError::EmptyPrompt);
-    }
-    // A token for warming up stands between prompt and decode.
-    let (found, context) = (options.prefill + 1 + options.decode, model.config.max_positions);
-    if found > context {
-        return Err(ModelError::Context { found, context }.into());
-    }
+    options.check(model)?;
     let mut bench = Bench { model, precision, random: Rng::new(options.seed) };
     let started = Instant::now();
     bench.read(&mut [&mut Session::new(model, precision)], 1)?;

@@ -198,7 +198,7 @@ impl TensorMap {
         self.file_shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n))
     }
 
-    fn cols(&self) -> usize {
+    pub(crate) fn cols(&self) -> usize {
         self.file_shape.last().copied().unwrap_or(1)
     }
 }
@@ -247,18 +247,6 @@ pub enum StoredAs {
 /// # Errors
 /// What the system says; what stood in the folder still does then, and nothing else.
 pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(), ModelError> {
-    let is_new = !folder.exists();
-    std::fs::create_dir_all(folder).map_err(ModelError::io(folder))?;
-    let staged = stage_model(folder, model, stored_as).inspect_err(|_| {
-        if is_new {
-            // Empty, for what was staged is gone; should that fail, an empty folder harms nobody.
-            let _ = std::fs::remove_dir(folder);
-        }
-    })?;
-    staged.into_iter().try_for_each(Staged::publish)
-}
-
-fn stage_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<[Staged; 3], ModelError> {
     let named = named_tensors(model, |param| Some(param.value().data()));
     let tensors: Vec<TensorToWrite> = (named.into_iter())
         .map(|NamedTensor { name, shape, data }| {
@@ -269,8 +257,34 @@ fn stage_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<[Sta
             TensorToWrite { name, shape, data }
         })
         .collect();
-    let weights = stage_safetensors(&folder.join(WEIGHTS), &tensors)?;
-    let config = &model.config;
+    save_tensors(folder, &model.config, &tensors, stored_as)
+}
+
+/// As [`save_model`], from the family's tensors.
+pub(crate) fn save_tensors(
+    folder: &Path,
+    config: &ModelConfig,
+    tensors: &[TensorToWrite],
+    stored_as: StoredAs,
+) -> Result<(), ModelError> {
+    let is_new = !folder.exists();
+    std::fs::create_dir_all(folder).map_err(ModelError::io(folder))?;
+    let staged = stage_folder(folder, config, tensors, stored_as).inspect_err(|_| {
+        if is_new {
+            // Empty, for what was staged is gone; should that fail, an empty folder harms nobody.
+            let _ = std::fs::remove_dir(folder);
+        }
+    })?;
+    staged.into_iter().try_for_each(Staged::publish)
+}
+
+fn stage_folder(
+    folder: &Path,
+    config: &ModelConfig,
+    tensors: &[TensorToWrite],
+    stored_as: StoredAs,
+) -> Result<[Staged; 3], ModelError> {
+    let weights = stage_safetensors(&folder.join(WEIGHTS), tensors)?;
     let generation = json!({
         "bos_token_id": config.bos_token,
         "eos_token_id": families::write_config(config, "")["eos_token_id"],

@@ -1,10 +1,13 @@
 //! Shapes of published models, for measuring speed without a download: configurations, and random weights for them.
 
+use crate::checkpoint::{StoredAs, save_tensors};
 use crate::running::{is_matrix, pack_matrices};
-use crate::{Ffn, Model, ModelConfig, ModelError, RunFormat};
+use crate::safetensors::{TensorData, TensorToWrite};
+use crate::{Ffn, Model, ModelConfig, ModelError, RunFormat, families};
 use moebius_kernels::parallel;
 use moebius_tensor::{Param, Tensor};
 use std::ops::Range;
+use std::path::Path;
 
 /// A published model's sizes. Rotary base, norms and routing are the family's; what differs from Llama in its attention
 /// is not held here.
@@ -116,15 +119,18 @@ pub fn published(text: &str) -> Result<ModelConfig, String> {
     })
 }
 
-/// Numbers that one chunk of a weight draws from its own stream.
+/// Numbers that one thread draws at a time.
 const CHUNK: usize = 1 << 16;
 
 /// Normal numbers are looked up by this many random bits.
 const TABLE_BITS: u32 = 12;
 
+/// Normal numbers out of one random word.
+const PER_WORD: usize = (u64::BITS / TABLE_BITS) as usize;
+
 impl Model {
     /// Random weights that keep activations of ordinary size and spread tokens evenly over experts, made quickly on all
-    /// threads: the same for any number of them.
+    /// threads: the same for any number of them, and the same as [`write_random`] writes but for the rounding.
     ///
     /// The embedding dominates the residual stream, so each token keeps a direction of its own up to the last layer;
     /// without that, deep layers of random weights send most tokens to the same experts, and a benchmark would flatter
@@ -134,30 +140,85 @@ impl Model {
     /// A contradictory configuration.
     pub fn random_for_speed(config: &ModelConfig, seed: u64, format: RunFormat) -> Result<Self, ModelError> {
         let table = normal_table();
-        let mut drawn = 0;
         Self::build(config, &mut |id, name, shape| {
-            let [.., _, inputs] = *shape else {
-                let mut value = Tensor::zeros(shape);
-                value.data_mut().fill(1.0);
-                return Ok(Param::new(id, name, value));
-            };
-            let deviation = match name.rsplit('.').next() {
-                Some("embedding") => 1.0,
-                Some("o") => 0.2 / (inputs as f32).sqrt(),
-                _ => 1.0 / (inputs as f32).sqrt(),
-            };
-            drawn += 1;
-            let mut fill = |rows: Range<usize>, out: &mut [f32]| {
-                fill_normal(out, deviation, seed ^ (drawn << 32) ^ mix(rows.start as u64), &table);
-                Ok(())
-            };
+            let weight = RandomWeight::new(name, shape, seed, &table);
             if is_matrix(name, shape) {
+                let mut fill = |rows: Range<usize>, out: &mut [f32]| {
+                    weight.fill(rows.start * shape[shape.len() - 1], out);
+                    Ok(())
+                };
                 return Ok(Param::frozen(id, name, shape, pack_matrices(name, shape, format, &mut fill)?)?);
             }
             let mut value = Tensor::zeros(shape);
-            fill(0..0, value.data_mut())?;
+            weight.fill(0, value.data_mut());
             Ok(Param::new(id, name, value))
         })
+    }
+}
+
+/// Writes a folder in Hugging Face's layout with the weights of [`Model::random_for_speed`] in bf16, drawn while they are
+/// written: memory does not have to hold them.
+///
+/// # Errors
+/// A contradictory configuration, or what the system says; nothing is left behind then.
+pub fn write_random(folder: &Path, config: &ModelConfig, seed: u64) -> Result<(), ModelError> {
+    config.validate().map_err(|(key, message)| ModelError::config("configuration", key, message))?;
+    let (table, maps) = (normal_table(), families::tensors(config));
+    let weights: Vec<RandomWeight> =
+        maps.iter().map(|map| RandomWeight::new(&map.param, &map.file_shape, seed, &table)).collect();
+    let makers: Vec<_> = (maps.iter().zip(&weights))
+        .map(|(map, weight)| {
+            let first = map.rows.start * map.cols();
+            move |at: usize, out: &mut [f32]| weight.fill(first + at, out)
+        })
+        .collect();
+    let tensors: Vec<TensorToWrite> = (maps.iter().zip(&makers))
+        .map(|(map, make)| TensorToWrite::new(&map.file_name, &map.file_shape, TensorData::MadeBF16(make)))
+        .collect();
+    save_tensors(folder, config, &tensors, StoredAs::Bf16)
+}
+
+/// One weight's numbers, each of which follows from its place alone.
+struct RandomWeight<'t> {
+    seed: u64,
+    /// None: all are one.
+    deviation: Option<f32>,
+    table: &'t [f32],
+}
+
+impl<'t> RandomWeight<'t> {
+    /// `shape` may be that of a part of the weight.
+    fn new(name: &str, shape: &[usize], seed: u64, table: &'t [f32]) -> Self {
+        let inputs = shape.last().map_or(1.0, |&inputs| inputs as f32);
+        let deviation = match name.rsplit('.').next() {
+            _ if shape.len() < 2 => None,
+            Some("embedding") => Some(1.0),
+            Some("o") => Some(0.2 / inputs.sqrt()),
+            _ => Some(1.0 / inputs.sqrt()),
+        };
+        Self { seed: name.bytes().fold(mix(seed), |hash, byte| mix(hash ^ u64::from(byte))), deviation, table }
+    }
+
+    /// The numbers from place `first` on.
+    fn fill(&self, first: usize, out: &mut [f32]) {
+        let Some(deviation) = self.deviation else { return out.fill(1.0) };
+        parallel::for_each_chunk(out, CHUNK, CHUNK, |offset, chunk| {
+            let mut place = first + offset;
+            let mut rest = chunk;
+            while !rest.is_empty() {
+                let (word, skipped) = (place / PER_WORD, place % PER_WORD);
+                let mut bits = mix(self.seed.wrapping_add(GOLDEN.wrapping_mul(word as u64 + 1)));
+                bits >>= skipped as u32 * TABLE_BITS;
+                let count = (PER_WORD - skipped).min(rest.len());
+                let (now, later) = rest.split_at_mut(count);
+                for x in now {
+                    *x = self.table[bits as usize & (self.table.len() - 1)] * deviation;
+                    bits >>= TABLE_BITS;
+                }
+                place += count;
+                rest = later;
+            }
+        });
     }
 }
 
@@ -179,21 +240,6 @@ fn normal_table() -> Vec<f32> {
     upper.iter().rev().map(|x| -x).chain(upper.iter().copied()).collect()
 }
 
-fn fill_normal(out: &mut [f32], deviation: f32, seed: u64, table: &[f32]) {
-    const PER_WORD: usize = (u64::BITS / TABLE_BITS) as usize;
-    parallel::for_each_chunk(out, CHUNK, CHUNK, |first, chunk| {
-        let mut state = mix(seed ^ first as u64);
-        for group in chunk.chunks_mut(PER_WORD) {
-            state = state.wrapping_add(GOLDEN);
-            let mut bits = mix(state);
-            for x in group {
-                *x = table[bits as usize & (table.len() - 1)] * deviation;
-                bits >>= TABLE_BITS;
-            }
-        }
-    });
-}
-
 /// 2^64 divided by the golden ratio: the increment of SplitMix64 (Steele, Lea and Flood 2014).
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -207,10 +253,10 @@ fn mix(state: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Batch, Observer};
+    use crate::{Batch, Checkpoint, Observer};
     use moebius_kernels::gemm::Precision;
     use moebius_moe::{LoadStatistics, Routing};
-    use moebius_tensor::Graph;
+    use moebius_tensor::{Graph, Var};
 
     #[test]
     fn names_and_cuts() {
@@ -270,17 +316,54 @@ mod tests {
     }
 
     #[test]
-    fn weights_are_normal_and_the_same_for_any_thread_count() {
-        let draw = |threads| {
-            let mut numbers = vec![0.0; 3 * CHUNK + 7];
-            moebius_testkit::threads(threads).install(|| fill_normal(&mut numbers, 2.0, 5, &normal_table()));
+    fn weights_are_normal_and_follow_from_their_place() {
+        let table = normal_table();
+        let weight = RandomWeight::new("layers.0.moe.gate_up", &[8, 16, 4], 5, &table);
+        let draw = |first, len| {
+            let mut numbers = vec![0.0; len];
+            weight.fill(first, &mut numbers);
             numbers
         };
-        let numbers = draw(1);
-        assert!(draw(3) == numbers);
+        let length = 3 * CHUNK + 7;
+        let numbers = moebius_testkit::threads(1).install(|| draw(0, length));
+        assert!(moebius_testkit::threads(3).install(|| draw(0, length)) == numbers);
+        for (first, len) in [(1, 1), (4, 3), (13, CHUNK + 9)] {
+            assert!(draw(first, len) == numbers[first..first + len], "{first}");
+        }
+        // The deviation is one half, for four inputs.
         let mean = numbers.iter().sum::<f32>() / numbers.len() as f32;
-        let moment = |power| numbers.iter().map(|x| (x / 2.0).powi(power)).sum::<f32>() / numbers.len() as f32;
-        assert!(mean.abs() < 0.02, "{mean}");
+        let moment = |power| numbers.iter().map(|x| (x * 2.0).powi(power)).sum::<f32>() / numbers.len() as f32;
+        assert!(mean.abs() < 0.005, "{mean}");
         assert!((moment(2) - 1.0).abs() < 0.02 && (moment(4) - 3.0).abs() < 0.1, "{} {}", moment(2), moment(4));
+    }
+
+    /// The embedded tokens, and the logits of one of them as if it had come through all layers. What passes a router
+    /// differs: in memory it is in f32, in a file rounded.
+    fn embedded_and_logits(model: &Model) -> (Vec<f32>, Vec<f32>) {
+        struct First(Vec<f32>);
+        impl Observer for First {
+            fn hidden(&mut self, index: usize, hidden: &Var) {
+                if index == 0 {
+                    self.0.extend_from_slice(hidden.data());
+                }
+            }
+        }
+        let (g, batch) = (Graph::inference(Precision::Bf16), Batch::of_sequences(&[[1, 2, 3, 500]]));
+        let mut first = First(Vec::new());
+        model.forward(&g, &batch, None, &mut first).unwrap();
+        let hidden = Var::constant(Tensor::new(&[1, 64], first.0[..64].to_vec()));
+        let logits = model.logits(&g, &hidden).data().to_vec();
+        (first.0, logits)
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_made_in_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().join("model");
+        write_random(&folder, &small(), 7).unwrap();
+        let written = Model::load_to_run(&Checkpoint::open(&folder).unwrap(), RunFormat::Bf16, &mut |_| ()).unwrap();
+        let made = Model::random_for_speed(&small(), 7, RunFormat::Bf16).unwrap();
+        assert!(embedded_and_logits(&written) == embedded_and_logits(&made));
+        assert_eq!(written.count_params(), made.count_params());
     }
 }

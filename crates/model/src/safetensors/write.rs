@@ -4,6 +4,7 @@ use super::Dtype;
 use crate::ModelError;
 use crate::files::Staged;
 use half::bf16;
+use moebius_kernels::memory::Buffer;
 use serde_json::{Map, json};
 use std::io::Write;
 use std::path::Path;
@@ -30,35 +31,53 @@ pub enum TensorData<'a> {
     U32(&'a [u32]),
     /// Whole numbers of 32 bits with a sign.
     I32(&'a [i32]),
+    /// As [`TensorData::BF16`], but made while they are written: the function fills the numbers from a place on. As many
+    /// as the tensor's shape says.
+    MadeBF16(&'a dyn Fn(usize, &mut [f32])),
 }
+
+/// Numbers that are made at a time.
+const MADE_AT_ONCE: usize = 1 << 22;
 
 impl TensorData<'_> {
     fn dtype(&self) -> Dtype {
         match self {
             Self::F32(_) => Dtype::F32,
-            Self::BF16(_) => Dtype::BF16,
+            Self::BF16(_) | Self::MadeBF16(_) => Dtype::BF16,
             Self::I64(_) => Dtype::I64,
             Self::U32(_) => Dtype::U32,
             Self::I32(_) => Dtype::I32,
         }
     }
 
-    fn len(&self) -> usize {
+    /// How many numbers there are, unless the tensor's shape says it.
+    fn len(&self) -> Option<usize> {
         match self {
-            Self::F32(data) | Self::BF16(data) => data.len(),
-            Self::I64(data) => data.len(),
-            Self::U32(data) => data.len(),
-            Self::I32(data) => data.len(),
+            Self::F32(data) | Self::BF16(data) => Some(data.len()),
+            Self::I64(data) => Some(data.len()),
+            Self::U32(data) => Some(data.len()),
+            Self::I32(data) => Some(data.len()),
+            Self::MadeBF16(_) => None,
         }
     }
 
-    fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
+    /// Writes `len` numbers.
+    fn write(&self, len: usize, out: &mut dyn Write) -> std::io::Result<()> {
         match self {
             Self::F32(data) => write_each(out, data, |x| x.to_le_bytes()),
             Self::BF16(data) => write_each(out, data, |x| bf16::from_f32(x).to_le_bytes()),
             Self::I64(data) => write_each(out, data, |x| x.to_le_bytes()),
             Self::U32(data) => write_each(out, data, |x| x.to_le_bytes()),
             Self::I32(data) => write_each(out, data, |x| x.to_le_bytes()),
+            Self::MadeBF16(make) => {
+                let mut numbers = Buffer::<f32>::scratch(len.min(MADE_AT_ONCE));
+                for first in (0..len).step_by(MADE_AT_ONCE) {
+                    let numbers = &mut numbers[..(len - first).min(MADE_AT_ONCE)];
+                    make(first, numbers);
+                    write_each(out, numbers, |x| bf16::from_f32(x).to_le_bytes())?;
+                }
+                Ok(())
+            }
         }
     }
 }
@@ -107,9 +126,10 @@ pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Resul
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut end = 0;
     for TensorToWrite { name, shape, data } in tensors {
-        assert_eq!(shape.iter().product::<usize>(), data.len(), "{name}: elements of shape {shape:?}");
+        let elements = shape.iter().product::<usize>();
+        assert!(data.len().is_none_or(|len| len == elements), "{name}: elements of shape {shape:?}");
         let start = end;
-        end += data.len() * data.dtype().size();
+        end += elements * data.dtype().size();
         let entry = json!({"dtype": data.dtype().to_string(), "shape": shape, "data_offsets": [start, end]});
         assert!(header.insert(name.clone(), entry).is_none(), "{name}: written twice");
     }
@@ -118,6 +138,6 @@ pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Resul
     Staged::new(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
-        tensors.iter().try_for_each(|tensor| tensor.data.write(out))
+        tensors.iter().try_for_each(|tensor| tensor.data.write(tensor.shape.iter().product(), out))
     })
 }

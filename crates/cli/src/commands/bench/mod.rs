@@ -10,8 +10,7 @@ use moebius_engine::bench::{self, BenchOptions};
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::isa::Isa;
 use moebius_kernels::machine;
-use moebius_model::checkpoint::StoredAs;
-use moebius_model::{Model, ModelConfig, RunFormat, save_model, shapes};
+use moebius_model::{Model, ModelConfig, RunFormat, shapes};
 
 use crate::arguments::BenchArguments;
 use crate::models::Source;
@@ -22,7 +21,7 @@ use report::{Machine, Report};
 const BANDWIDTH_BYTES: usize = 1 << 29;
 
 /// How long each of the machine's limits is measured.
-const LIMIT_TIME: Duration = Duration::from_millis(700);
+const LIMIT_TIME: Duration = Duration::from_millis(500);
 
 /// The random weights' seed.
 const SEED: u64 = 1;
@@ -34,6 +33,11 @@ const SEED: u64 = 1;
 /// model's context, an output that cannot be written.
 pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
     let (precision, format) = (Precision::from(arguments.precision.dtype), arguments.precision.format());
+    if let (Some(shape), Some(folder)) = (&arguments.random_weights, &arguments.out) {
+        shapes::write_random(folder, &published(shape)?, SEED)?;
+        output::note(&format!("{}: written in bf16", folder.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
     let started = Instant::now();
     let (name, model) = match &arguments.random_weights {
         Some(shape) => (format!("{shape}, random weights"), random_model(shape, format)?),
@@ -43,19 +47,9 @@ pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
         }
     };
     let load_seconds = started.elapsed().as_secs_f64();
+    let options = options(arguments, &model);
+    options.check(&model)?;
     output::note(&format!("{name}: loaded in {load_seconds:.2} s"));
-    if let Some(folder) = &arguments.out {
-        save_model(folder, &model, StoredAs::Bf16)?;
-        output::note(&format!("{}: written in bf16", folder.display()));
-        return Ok(ExitCode::SUCCESS);
-    }
-    let options = BenchOptions {
-        prefill: arguments.prefill.get(),
-        decode: arguments.decode.get(),
-        batch: arguments.batch.map_or(1, usize::from),
-        rounds: arguments.rounds.get(),
-        ..BenchOptions::default()
-    };
     let result = bench::measure(&model, precision, &options, &mut output::note)?;
     // Before the machine is measured, which takes memory of its own.
     let (resident_bytes, peak_bytes) = (memory::resident(), memory::peak());
@@ -65,6 +59,18 @@ pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
         Report { name, model: &model, precision, machine, load_seconds, batch, resident_bytes, peak_bytes, result };
     output::print(&if arguments.json { report.json() } else { report.table() })?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn options(arguments: &BenchArguments, model: &Model) -> BenchOptions {
+    let (default, decode) = (BenchOptions::default(), arguments.decode.get());
+    let longest = BenchOptions::longest_prefill(model, decode).max(1);
+    BenchOptions {
+        prefill: arguments.prefill.map_or(default.prefill.min(longest), usize::from),
+        decode,
+        batch: arguments.batch.map_or(default.batch, usize::from),
+        rounds: arguments.rounds.get(),
+        ..default
+    }
 }
 
 fn measure_machine(precision: Precision) -> Machine {
@@ -78,9 +84,13 @@ fn measure_machine(precision: Precision) -> Machine {
     }
 }
 
+fn published(shape: &str) -> anyhow::Result<ModelConfig> {
+    shapes::published(shape).map_err(|message| anyhow!("--random-weights {shape}: {message}"))
+}
+
 /// The shape with random weights, if memory holds them.
 fn random_model(shape: &str, format: RunFormat) -> anyhow::Result<Model> {
-    let config = shapes::published(shape).map_err(|message| anyhow!("--random-weights {shape}: {message}"))?;
+    let config = published(shape)?;
     if let Some(available) = memory::available() {
         check_memory(shape, &config, format, available)?;
     }
