@@ -20,6 +20,9 @@ use clap::Parser;
 
 use arguments::{Arguments, Command};
 
+/// As much as a main thread has.
+const STACK_BYTES: usize = 8 << 20;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match execute(&arguments) {
@@ -35,10 +38,14 @@ fn main() -> ExitCode {
 fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     // Whoever asks by MOEBIUS_ISA for what the machine lacks hears it now, not from inside a product.
     moebius_kernels::isa::Isa::from_environment()?;
-    if let Some(threads) = arguments.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
-    }
-    match &arguments.command {
+    let threads = arguments.threads.map_or(0, std::num::NonZeroUsize::get);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK_BYTES).build_global()?;
+    // On a thread of the pool: from outside of it, every parallel loop would wake one thread more, and be woken by it.
+    rayon::scope(|_| dispatch(&arguments.command))
+}
+
+fn dispatch(command: &Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Run(run) => commands::run::execute(run),
         Command::Train(train) => commands::train::execute(train),
         Command::Eval(eval) => commands::eval::execute(eval),

@@ -17,7 +17,7 @@ pub struct Session<'m> {
 impl<'m> Session<'m> {
     /// An empty sequence.
     pub fn new(model: &'m Model, precision: Precision) -> Self {
-        Self { model, precision, cache: KvCache::new(&model.config), position: 0 }
+        Self { model, precision, cache: KvCache::new(&model.config, KvCache::format_for(precision)), position: 0 }
     }
 
     /// Tokens read so far.

@@ -307,11 +307,14 @@ fn decoding(bench: &mut Bench) {
     let positions = 2048;
     let n = positions * shape.key_width();
     let (q, keys, values) = (numbers(1, shape.query_width()), numbers(2, n), numbers(3, n));
+    let mut cache = attention::LayerCache::new(8, 128, attention::CacheFormat::F32);
+    cache.push(&keys, &values);
+    let sequence = [attention::CachedSequence { rows: 1, cache: &cache }];
     bench.add(
         "attention_cached (1 row of 2048)",
         Limit::Memory(8 * n),
         [vec![0.0; q.len()]],
-        |[out]| attention::attention_cached(&shape, &q, positions - 1, &keys, &values, out),
+        |[out]| attention::attention_cached(&shape, &q, &sequence, out),
         |[out]| attention::attention_cached_reference(&shape, &q, positions - 1, &keys, &values, out),
     );
 }

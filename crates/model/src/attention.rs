@@ -1,8 +1,7 @@
 //! Causal self-attention with grouped query heads and rotary positions (Ainslie et al. 2023, Su et al. 2021).
 
-use crate::cache::LayerCache;
 use crate::{Batch, ModelConfig, ModelError};
-use moebius_kernels::attention::{AttentionShape, CachedSequence, attention_cached_together};
+use moebius_kernels::attention::{AttentionShape, CachedSequence, LayerCache, attention_cached};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::rope::RopeTable;
 use moebius_tensor::{Graph, Param, Tensor, Var, ops};
@@ -112,14 +111,12 @@ fn attend_cached(
     let width = shape.key_width();
     let sequences: Vec<CachedSequence<'_>> = (caches.iter_mut().zip(batch.starts.windows(2)))
         .map(|(cache, bounds)| {
-            let first_position = cache.keys.len() / width;
-            cache.keys.extend_from_slice(&k[bounds[0] * width..bounds[1] * width]);
-            cache.values.extend_from_slice(&v[bounds[0] * width..bounds[1] * width]);
-            let (rows, keys, values) = (bounds[1] - bounds[0], &cache.keys[..], &cache.values[..]);
-            CachedSequence { rows, first_position, keys, values }
+            let rows = bounds[0] * width..bounds[1] * width;
+            cache.push(&k[rows.clone()], &v[rows]);
+            CachedSequence { rows: bounds[1] - bounds[0], cache }
         })
         .collect();
     let mut out = Buffer::scratch(q.data().len());
-    attention_cached_together(shape, q.data(), &sequences, &mut out);
+    attention_cached(shape, q.data(), &sequences, &mut out);
     Var::constant(Tensor::new(q.shape(), out))
 }

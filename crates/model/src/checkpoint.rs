@@ -77,11 +77,6 @@ impl<'a> Checkpoint<'a> {
         &self.config
     }
 
-    /// The file that names the tensors, for errors.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
     /// The family's tensors, each of which is there, of its shape and of a type that can be read.
     pub(crate) fn checked_maps(&self) -> Result<Vec<TensorMap>, ModelError> {
         let maps = families::tensors(&self.config);

@@ -72,7 +72,7 @@ impl Model {
     /// were seen choosing.
     pub fn cost(&self, precision: Precision, batch: &Batch, logit_rows: usize, experts: &ExpertUse) -> Cost {
         let (rows, logit_rows) = (batch.tokens.len() as u64, logit_rows as u64);
-        let mut cost = self.attention_cost(batch);
+        let mut cost = self.attention_cost(batch, precision);
         for param in self.params() {
             let elements = param.shape().iter().product::<usize>() as u64;
             let bytes = held_bytes(param, precision);
@@ -106,7 +106,7 @@ impl Model {
     }
 
     /// Keys and values that the batch's tokens see: each sequence's once, and the arithmetic on them.
-    fn attention_cost(&self, batch: &Batch) -> Cost {
+    fn attention_cost(&self, batch: &Batch, precision: Precision) -> Cost {
         let config = &self.config;
         let window = config.window.unwrap_or(usize::MAX);
         let seen = |position: u32| (position as usize + 1).min(window) as u64;
@@ -118,7 +118,7 @@ impl Model {
             pairs += positions.iter().map(|&position| seen(position)).sum::<u64>();
         }
         let a_pair = 4 * (config.n_layers * config.n_heads * config.head_dim) as u64;
-        let a_position = KvCache::position_bytes(config) as u64;
+        let a_position = KvCache::position_bytes(config, KvCache::format_for(precision)) as u64;
         Cost { weight_bytes: 0, cache_bytes: read * a_position, operations: pairs * a_pair }
     }
 

@@ -1,9 +1,9 @@
 //! [`Model`]: a decoder of pre-norm layers, attention then feed-forward, each added to the residual stream.
 
 use crate::attention::{Attention, AttentionPlan};
-use crate::cache::LayerCache;
 use crate::feed_forward::FeedForward;
 use crate::{Batch, Checkpoint, Ffn, KvCache, ModelConfig, ModelError, Observer};
+use moebius_kernels::attention::LayerCache;
 use moebius_moe::{ExpertBank, MoeError, MoeLayer, Routing, TopKRouter};
 use moebius_tensor::{Graph, Param, Rng, Tensor, Var, ops};
 

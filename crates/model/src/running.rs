@@ -9,7 +9,7 @@ use crate::safetensors::{Dtype, TensorView};
 use crate::{Checkpoint, Model, ModelError};
 use moebius_kernels::formats::Format;
 use moebius_kernels::gemm::{Mat, Packed, Precision};
-use moebius_kernels::memory::Buffer;
+use moebius_kernels::memory::{Buffer, SharedBytes};
 use moebius_kernels::quantised::{PACKED_FORMATS, QuantisedMatrix, packed_bytes};
 use moebius_tensor::{Frozen, Param, Tensor};
 use std::collections::BTreeMap;
@@ -179,15 +179,35 @@ pub(crate) fn pack_matrices(
         }
         Target::Block(format) => {
             let mut blocks = Buffer::<u8>::scratch(format.bytes_of(out * inner).expect("whole blocks"));
-            let pack = |index| {
+            let mut pack = |index, packed: &mut [u8]| {
                 fill(rows(index), &mut value)?;
                 let encoded = format.encode(&value, &mut blocks);
                 encoded.map_err(|error| ModelError::tensor("weights to be packed", name, error.to_string()))?;
-                Ok(QuantisedMatrix::pack(format, out, inner, &blocks))
+                QuantisedMatrix::pack_into(format, out, inner, &blocks, packed);
+                Ok(())
             };
-            (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Quantised)
+            quantised_matrices(format, count, [out, inner], &mut pack)
         }
     }
+}
+
+/// Matrices that `pack` writes one after the other into one stretch of memory: large pages hold several of them, and
+/// reading one leads on to the next.
+fn quantised_matrices(
+    format: Format,
+    count: usize,
+    [out, inner]: [usize; 2],
+    pack: &mut dyn FnMut(usize, &mut [u8]) -> Result<(), ModelError>,
+) -> Result<Frozen, ModelError> {
+    let bytes = packed_bytes(format, out, inner).expect("a format with kernels");
+    let mut packed = Buffer::<u8>::zeroed(count * bytes);
+    packed.chunks_exact_mut(bytes.max(1)).enumerate().try_for_each(|(index, packed)| pack(index, packed))?;
+    let packed = SharedBytes::from(packed);
+    let matrix = |index: usize| {
+        let part = packed.part(index * bytes..(index + 1) * bytes).expect("inside");
+        QuantisedMatrix::from_packed(format, out, inner, part).expect("as many bytes as packed")
+    };
+    Ok(Frozen::Quantised((0..count).map(matrix).collect()))
 }
 
 /// The tensors of a checkpoint that make one weight, in the order of their rows.
@@ -214,7 +234,7 @@ impl<'c> Weight<'c> {
             && let Some(stored) = self.common_format(count * out)?
             && packed_bytes(stored, out, inner).is_some()
         {
-            let pack = |index| {
+            let mut pack = |index, packed: &mut [u8]| {
                 let parts = self.parts(rows(index))?;
                 let joined;
                 let bytes = match &parts[..] {
@@ -224,9 +244,10 @@ impl<'c> Weight<'c> {
                         &joined
                     }
                 };
-                Ok(QuantisedMatrix::pack(stored, out, inner, bytes))
+                QuantisedMatrix::pack_into(stored, out, inner, bytes, packed);
+                Ok(())
             };
-            return (0..count).map(pack).collect::<Result<_, ModelError>>().map(Frozen::Quantised);
+            return quantised_matrices(stored, count, [out, inner], &mut pack);
         }
         pack_matrices(name, shape, format, &mut |rows, out| self.decode(rows, out))
     }

@@ -1,5 +1,6 @@
 //! Tiny models against what transformers computes (tests/fixtures/make.py made them): forward, routing, loss, gradients.
 
+use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::Precision;
 use moebius_model::safetensors::SafetensorsFile;
 use moebius_model::{Batch, Checkpoint, KvCache, LossSettings, Model, Observer, Silent, named_tensors};
@@ -134,7 +135,8 @@ fn recomputation_carries_the_routing_losses() {
 
 /// The logits of every position of a sequence, read in the pieces given.
 fn logits_in_pieces(model: &Model, precision: Precision, tokens: &[u32], pieces: &[usize]) -> Vec<f32> {
-    let (g, mut cache, mut all) = (Graph::inference(precision), KvCache::new(&model.config), Vec::new());
+    let (g, mut cache, mut all) =
+        (Graph::inference(precision), KvCache::new(&model.config, CacheFormat::F32), Vec::new());
     let mut first = 0;
     for &piece in pieces {
         let batch = Batch::continuing(&tokens[first..first + piece], first);

@@ -1,5 +1,6 @@
 //! One token, one answer, on a model large enough that the kernels share its work among threads.
 
+use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::Precision;
 use moebius_model::{Batch, Ffn, KvCache, LossSettings, Model, ModelConfig, Silent};
 use moebius_tensor::{Gradients, Graph};
@@ -45,7 +46,8 @@ fn whole(model: &Model, precision: Precision, sequences: &[&[u32]]) -> Vec<f32> 
 }
 
 fn in_pieces(model: &Model, precision: Precision, tokens: &[u32], pieces: &[usize]) -> Vec<f32> {
-    let (g, mut cache, mut all) = (Graph::inference(precision), KvCache::new(&model.config), Vec::new());
+    let (g, mut cache, mut all) =
+        (Graph::inference(precision), KvCache::new(&model.config, CacheFormat::F32), Vec::new());
     for &piece in pieces {
         let first = cache.len();
         let batch = Batch::continuing(&tokens[first..first + piece], first);
@@ -83,7 +85,7 @@ fn logits_depend_on_neither_pieces_nor_company_nor_threads() {
 /// The logits of the last token of sequences that read `prompts`, then decode `steps` tokens each, all together.
 fn decoded(model: &Model, precision: Precision, prompts: &[&[u32]], steps: usize) -> Vec<Vec<f32>> {
     let g = Graph::inference(precision);
-    let mut caches: Vec<KvCache> = prompts.iter().map(|_| KvCache::new(&model.config)).collect();
+    let mut caches: Vec<KvCache> = prompts.iter().map(|_| KvCache::new(&model.config, CacheFormat::F32)).collect();
     let mut caches: Vec<&mut KvCache> = caches.iter_mut().collect();
     let mut logits = vec![Vec::new(); prompts.len()];
     let mut next: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.to_vec()).collect();

@@ -6,6 +6,7 @@
 //! bits are the same in a whole sequence, in any chunking of it, and row by row.
 
 use super::AttentionShape;
+use super::cache::LayerCache;
 use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
 use super::tile::{Left, Product, Right, TILE_ROWS};
 use crate::isa::Isa;
@@ -23,11 +24,21 @@ const QUERY_ROWS: usize = 12 * TILE_ROWS;
 #[derive(Clone, Copy)]
 pub(super) struct Sequence<'a> {
     pub(super) q: &'a [f32],
-    pub(super) keys: &'a [f32],
-    pub(super) values: &'a [f32],
+    pub(super) source: Source<'a>,
     pub(super) first_position: usize,
     /// The sequence's first row among the rows of `out` and `lse`.
     pub(super) first_row: usize,
+}
+
+/// Where keys and values come from.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    /// `[positions, nkv * hd]` each.
+    Rows {
+        keys: &'a [f32],
+        values: &'a [f32],
+    },
+    Cache(&'a LayerCache),
 }
 
 /// Where the results go.
@@ -111,14 +122,11 @@ impl Kernel for ForwardTask<'_> {
             offset: head * shape.head_dim,
             head_dim: shape.head_dim,
         };
-        let keys = head(sequence.keys, shape.key_width(), task.kv_head);
-        let values = head(sequence.values, shape.key_width(), task.kv_head);
 
         let mut scratch = Buffer::<f32>::scratch((2 * rows + 2 * KEY_BLOCK) * width + 2 * rows);
         let (q, rest) = scratch.split_at_mut(rows * width);
         let (mixed, rest) = rest.split_at_mut(rows * width);
-        let (transposed, rest) = rest.split_at_mut(KEY_BLOCK * width);
-        let (value_block, rest) = rest.split_at_mut(KEY_BLOCK * width);
+        let (key_block, rest) = rest.split_at_mut(2 * KEY_BLOCK * width);
         let (largest, sums) = rest.split_at_mut(rows);
         for (i, q) in q.chunks_exact_mut(width).enumerate() {
             let from = head(sequence.q, shape.query_width(), task.kv_head * group + i % group);
@@ -134,10 +142,17 @@ impl Kernel for ForwardTask<'_> {
         let end = sequence.first_position + task.rows.end;
         let mut start = shape.visible(first).start / KEY_BLOCK * KEY_BLOCK;
         while start < end {
-            let present = start..end.min(start + KEY_BLOCK);
-            transpose_rows(keys, present.clone(), transposed);
-            copy_rows(values, present, value_block);
-            let keys = Keys { start, transposed, values: value_block };
+            let (transposed, values) = match sequence.source {
+                Source::Cache(cache) => cache.block(simd, start / KEY_BLOCK, task.kv_head, key_block),
+                Source::Rows { keys, values } => {
+                    let present = start..end.min(start + KEY_BLOCK);
+                    let (transposed, value_block) = key_block.split_at_mut(KEY_BLOCK * width);
+                    transpose_rows(head(keys, shape.key_width(), task.kv_head), present.clone(), transposed);
+                    copy_rows(head(values, shape.key_width(), task.kv_head), present, value_block);
+                    (&*transposed, &*value_block)
+                }
+            };
+            let keys = Keys { start, transposed, values };
             let mut row = 0;
             while row < rows {
                 let tile = row..(row + TILE_ROWS).min(rows);

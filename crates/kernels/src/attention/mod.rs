@@ -3,6 +3,7 @@
 //! Legend: `t` tokens of all sequences, `nh` query heads, `nkv` key/value heads, `hd` features of a head.
 
 mod backward;
+mod cache;
 mod forward;
 mod pack;
 mod reference;
@@ -12,8 +13,9 @@ mod tile;
 
 use crate::isa::Isa;
 use crate::parallel::DisjointMut;
-use forward::{Results, Sequence};
+use forward::{Results, Sequence, Source};
 
+pub use cache::{CacheFormat, LayerCache};
 pub use reference::{attention_backward_reference, attention_cached_reference, attention_reference};
 
 /// What does not change between calls.
@@ -106,8 +108,7 @@ fn attention_forward_on(
             let part = |width: usize| bounds[0] * width..bounds[1] * width;
             Sequence {
                 q: &q[part(shape.query_width())],
-                keys: &k[part(shape.key_width())],
-                values: &v[part(shape.key_width())],
+                source: Source::Rows { keys: &k[part(shape.key_width())], values: &v[part(shape.key_width())] },
                 first_position: 0,
                 first_row: bounds[0],
             }
@@ -163,45 +164,23 @@ fn attention_backward_on(
     backward::differentiate(isa, shape, saved, dout, [dq, dk, dv]);
 }
 
-/// Some rows of one sequence, and the cache that already holds those rows' keys and values.
+/// Some rows of one sequence, and the cache that already holds those rows' keys and values as its last.
 #[derive(Clone, Copy, Debug)]
 pub struct CachedSequence<'a> {
     /// How many rows of the queries are this sequence's.
     pub rows: usize,
-    /// The position of the first of them.
-    pub first_position: usize,
-    /// `[positions >= first_position + rows, nkv * hd]`; what follows the last row is never read.
-    pub keys: &'a [f32],
-    /// As the keys.
-    pub values: &'a [f32],
+    /// Keys and values of all positions up to the last row.
+    pub cache: &'a LayerCache,
 }
 
-/// Attention of some rows of *one* sequence over its cache; the cache already holds those rows' keys and values.
+/// Attention of some rows of each sequence over its cache; the rows of `q` follow each other as the sequences do.
 ///
-/// Gives the bits that [`attention_forward`] gives for the same rows. Cache rows from `first_position + rows` on are
-/// never read.
-///
-/// # Shapes
-/// `q`, `out` `[rows, nh * hd]`, `keys`, `values` `[positions >= first_position + rows, nkv * hd]`.
-pub fn attention_cached(
-    shape: &AttentionShape,
-    q: &[f32],
-    first_position: usize,
-    keys: &[f32],
-    values: &[f32],
-    out: &mut [f32],
-) {
-    let rows = q.len() / shape.query_width().max(1);
-    attention_cached_together(shape, q, &[CachedSequence { rows, first_position, keys, values }], out);
-}
-
-/// Attention of several sequences, each over a cache of its own; the rows of `q` follow each other as the sequences do.
-///
-/// Each sequence gets the bits of [`attention_cached`] on it alone.
+/// With caches in f32, gives the bits that [`attention_forward`] gives for the same rows; a sequence's bits do not depend
+/// on the others.
 ///
 /// # Shapes
 /// `q`, `out` `[rows of all sequences, nh * hd]`.
-pub fn attention_cached_together(shape: &AttentionShape, q: &[f32], sequences: &[CachedSequence<'_>], out: &mut [f32]) {
+pub fn attention_cached(shape: &AttentionShape, q: &[f32], sequences: &[CachedSequence<'_>], out: &mut [f32]) {
     attention_cached_on(Isa::current(), shape, q, sequences, out);
 }
 
@@ -212,12 +191,12 @@ fn attention_cached_on(isa: Isa, shape: &AttentionShape, q: &[f32], cached: &[Ca
     assert_eq!(out.len(), q.len());
     let mut first_row = 0;
     let sequences: Vec<Sequence<'_>> = (cached.iter())
-        .map(|&CachedSequence { rows, first_position, keys, values }| {
-            let needed = (first_position + rows) * shape.key_width();
-            assert!(keys.len() >= needed && values.len() >= needed, "the cache is shorter than the rows' positions");
+        .map(|&CachedSequence { rows, cache }| {
+            cache.check(shape);
+            assert!(cache.len() >= rows, "the cache is shorter than the rows");
+            let first_position = cache.len() - rows;
             let queries = first_row * shape.query_width()..(first_row + rows) * shape.query_width();
-            let (q, keys, values) = (&q[queries], &keys[..needed], &values[..needed]);
-            let sequence = Sequence { q, keys, values, first_position, first_row };
+            let sequence = Sequence { q: &q[queries], source: Source::Cache(cache), first_position, first_row };
             first_row += rows;
             sequence
         })

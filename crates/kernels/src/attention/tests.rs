@@ -118,18 +118,20 @@ fn empty() {
     check([2, 2, 8], None, &[0, 4, 0]);
 }
 
-/// The rows of one sequence in chunks over a cache with rubbish behind the last position.
+/// The rows of one sequence in chunks over a cache that held rubbish before.
 fn chunked(isa: Isa, whole: &Batch, chunks: &[usize], rubbish: f32) -> Vec<f32> {
     let shape = &whole.shape;
-    let (mut keys, mut values) = (vec![rubbish; whole.k.len() + 640], vec![rubbish; whole.v.len() + 640]);
+    let mut cache = LayerCache::new(shape.n_kv_heads, shape.head_dim, CacheFormat::F32);
     let mut out = vec![0.0; whole.q.len()];
     let mut first = 0;
     for &rows in chunks {
+        let spoiled = vec![rubbish; 70 * shape.key_width()];
+        cache.push(&spoiled, &spoiled);
+        cache.truncate(first);
         let fresh = first * shape.key_width()..(first + rows) * shape.key_width();
-        keys[fresh.clone()].copy_from_slice(&whole.k[fresh.clone()]);
-        values[fresh.clone()].copy_from_slice(&whole.v[fresh]);
+        cache.push(&whole.k[fresh.clone()], &whole.v[fresh]);
         let part = first * shape.query_width()..(first + rows) * shape.query_width();
-        let sequence = CachedSequence { rows, first_position: first, keys: &keys, values: &values };
+        let sequence = CachedSequence { rows, cache: &cache };
         attention_cached_on(isa, shape, &whole.q[part.clone()], &[sequence], &mut out[part]);
         first += rows;
     }
@@ -137,20 +139,39 @@ fn chunked(isa: Isa, whole: &Batch, chunks: &[usize], rubbish: f32) -> Vec<f32> 
 }
 
 #[test]
+fn a_cache_in_bf16_is_attention_over_rounded_keys_and_values() {
+    let round = |x: &f32| half::bf16::from_f32(*x).to_f32();
+    for isa in Isa::available() {
+        let mut batch = Batch::new([2, 3, 24], None, &[150]);
+        let mut cache = LayerCache::new(2, 24, CacheFormat::Bf16);
+        cache.push(&batch.k, &batch.v);
+        (batch.k, batch.v) = (batch.k.iter().map(round).collect(), batch.v.iter().map(round).collect());
+        let rounded = batch.forward(isa);
+        let mut out = vec![0.0; rounded.q.len()];
+        let sequence = CachedSequence { rows: 150, cache: &cache };
+        attention_cached_on(isa, &rounded.shape, &rounded.q, &[sequence], &mut out);
+        assert_eq!(bits(&out), bits(&rounded.out), "{isa:?}");
+    }
+}
+
+#[test]
 fn sequences_over_their_own_caches_get_what_they_get_whole() {
     for isa in Isa::available() {
         let whole = Batch::new([2, 2, 16], Some(40), &[70, 3, 130]).forward(isa);
         let (shape, mut q, mut wanted) = (&whole.shape, Vec::new(), Vec::new());
-        let mut cached = Vec::new();
+        let (mut caches, mut counts) = (Vec::new(), Vec::new());
         // The last rows of each sequence, a different number of them.
         for (bounds, rows) in whole.starts.windows(2).zip([1, 2, 5]) {
             let queries = (bounds[1] - rows) * shape.query_width()..bounds[1] * shape.query_width();
             let keys = bounds[0] * shape.key_width()..bounds[1] * shape.key_width();
             q.extend_from_slice(&whole.q[queries.clone()]);
             wanted.extend_from_slice(&whole.out[queries]);
-            let first_position = bounds[1] - bounds[0] - rows;
-            cached.push(CachedSequence { rows, first_position, keys: &whole.k[keys.clone()], values: &whole.v[keys] });
+            let mut cache = LayerCache::new(shape.n_kv_heads, shape.head_dim, CacheFormat::F32);
+            cache.push(&whole.k[keys.clone()], &whole.v[keys]);
+            caches.push(cache);
+            counts.push(rows);
         }
+        let cached: Vec<_> = caches.iter().zip(counts).map(|(cache, rows)| CachedSequence { rows, cache }).collect();
         let mut out = vec![0.0; q.len()];
         attention_cached_on(isa, shape, &q, &cached, &mut out);
         assert_eq!(bits(&out), bits(&wanted), "{isa:?}");

@@ -11,7 +11,7 @@ pub struct SharedBytes(Place);
 
 #[derive(Clone, Debug)]
 enum Place {
-    Memory(Arc<Buffer<u8>>),
+    Memory(Arc<Buffer<u8>>, Range<usize>),
     File(Arc<MappedFile>, Range<usize>),
 }
 
@@ -20,6 +20,16 @@ impl SharedBytes {
     pub fn of_file(file: &Arc<MappedFile>, range: Range<usize>) -> Option<Self> {
         file.get(range.clone())?;
         Some(Self(Place::File(file.clone(), range)))
+    }
+
+    /// Some of the bytes; none if the range leaves them.
+    pub fn part(&self, range: Range<usize>) -> Option<Self> {
+        self.get(range.clone())?;
+        let inside = |outer: &Range<usize>| outer.start + range.start..outer.start + range.end;
+        Some(Self(match &self.0 {
+            Place::Memory(bytes, outer) => Place::Memory(bytes.clone(), inside(outer)),
+            Place::File(file, outer) => Place::File(file.clone(), inside(outer)),
+        }))
     }
 
     /// Asks the operating system to bring the bytes into memory, if they stand in a file.
@@ -32,7 +42,8 @@ impl SharedBytes {
 
 impl From<Buffer<u8>> for SharedBytes {
     fn from(bytes: Buffer<u8>) -> Self {
-        Self(Place::Memory(Arc::new(bytes)))
+        let all = 0..bytes.len();
+        Self(Place::Memory(Arc::new(bytes), all))
     }
 }
 
@@ -41,7 +52,7 @@ impl Deref for SharedBytes {
 
     fn deref(&self) -> &[u8] {
         match &self.0 {
-            Place::Memory(bytes) => bytes,
+            Place::Memory(bytes, range) => &bytes[range.clone()],
             Place::File(file, range) => &file[range.clone()],
         }
     }

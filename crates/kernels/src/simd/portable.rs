@@ -46,6 +46,10 @@ impl Simd for Portable {
         *to = value;
     }
     #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Array {
+        from.map(|half| f32::from_bits(u32::from(half) << 16))
+    }
+    #[inline(always)]
     fn add(self, a: Array, b: Array) -> Array {
         zip(a, b, |a, b| a + b)
     }

@@ -57,6 +57,10 @@ impl Simd for Avx512 {
 
     avx512!(splat(value: f32) -> __m512, _mm512_set1_ps(value));
     avx512!(load(from: &[f32; LANES]) -> __m512, _mm512_loadu_ps(from.as_ptr()));
+    avx512!(load_bf16(from: &[u16; LANES]) -> __m512, {
+        let halves = _mm256_loadu_si256(from.as_ptr().cast());
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+    });
     avx512!(add(a: __m512, b: __m512) -> __m512, _mm512_add_ps(a, b));
     avx512!(sub(a: __m512, b: __m512) -> __m512, _mm512_sub_ps(a, b));
     avx512!(mul(a: __m512, b: __m512) -> __m512, _mm512_mul_ps(a, b));
@@ -153,6 +157,17 @@ impl Simd for Avx2 {
     fn load(self, from: &[f32; LANES]) -> Pair {
         // SAFETY: `self` proves AVX2; the array holds 16 lanes.
         unsafe { Pair(_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Pair {
+        // SAFETY: `self` proves AVX2; the array holds two halves of eight.
+        unsafe {
+            let widen = |half: *const u16| {
+                let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(half.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+            };
+            Pair(widen(from.as_ptr()), widen(from.as_ptr().add(LANES / 2)))
+        }
     }
     #[inline(always)]
     fn store(self, value: Pair, to: &mut [f32; LANES]) {
