@@ -42,7 +42,7 @@ def build(shape, experts):
             num_local_experts=shape.experts, intermediate_size=shape.width, sliding_window=None, **common
         )
     config._experts_implementation = experts
-    with transformers.initialization.no_init_weights(), torch.device("meta"):
+    with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)

@@ -230,7 +230,7 @@ fn bench_measures_any_model() {
     );
 
     let table = succeed(&[&["bench", "--model", text(&model), "--batch", "2"], &sizes[..]].concat());
-    for part in ["2 threads", "prefill", "decode x 2", "tokens/s", "of 4 experts", "of the peak"] {
+    for part in ["2 threads", "prefill", "decode x 2", "tokens/s", "of 4 experts", "bf16 peak"] {
         assert!(table.contains(part), "{part}: {table}");
     }
 }

@@ -14,7 +14,7 @@ use moebius_kernels::gemm::{
     Beta, Mat, Packed, Precision, grouped_matmul, grouped_matmul_weight_gradient, matmul, matmul_packed,
 };
 use moebius_kernels::isa::Isa;
-use moebius_kernels::machine::peak_operations;
+use moebius_kernels::machine::{Operands, peak_operations};
 use moebius_kernels::memory::Buffer;
 
 fn main() {
@@ -43,8 +43,8 @@ fn run(options: &Options) {
     let isa = Isa::current();
     println!("{isa}, {} threads; each line is the best of what fits into {:?}", options.threads, options.time);
     let mut json = Vec::new();
-    for precision in [Precision::Bf16, Precision::F32] {
-        let peak = peak_operations(isa, precision, options.time);
+    for (precision, operands) in [(Precision::Bf16, Operands::Bf16), (Precision::F32, Operands::F32)] {
+        let peak = peak_operations(isa, operands, options.time);
         println!("\n{precision:?}: peak {:.0} GFLOP/s", peak / 1e9);
         for case in cases() {
             if !format!("{precision:?} {}", case.name()).contains(&options.only) {

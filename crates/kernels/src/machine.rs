@@ -4,21 +4,31 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use crate::gemm::Precision;
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel;
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
 
+/// What is multiplied and added.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operands {
+    /// f32, summed in f32.
+    F32,
+    /// bf16, summed in f32; in f32 where the instruction set has no instruction for it.
+    Bf16,
+    /// Bytes, summed in integers, as the products with weights in block formats do; f32 without vectors.
+    Bytes,
+}
+
 /// Multiplications and additions a second that the current pool reaches in registers: independent multiply-adds of the
-/// instruction that `isa` has for operands of `precision`, on all threads at once.
+/// instruction that `isa` has for such operands, on all threads at once.
 ///
 /// # Panics
 /// When this machine lacks `isa`.
-pub fn peak_operations(isa: Isa, precision: Precision, time: Duration) -> f64 {
+pub fn peak_operations(isa: Isa, operands: Operands, time: Duration) -> f64 {
     const STEPS: usize = 200_000;
     assert!(isa <= Isa::best(), "this machine has no {isa}");
-    let run = peak::function(isa, precision);
+    let run = peak::function(isa, operands);
     let rates = rayon::broadcast(|_| {
         let mut operations = 0.0;
         // SAFETY: the machine has `isa`.
@@ -77,21 +87,24 @@ impl Kernel for Sum<'_> {
 
 /// Loops of multiply-adds on registers alone. Each takes the number of steps and returns the operations done.
 mod peak {
-    use super::{Isa, Precision, black_box};
+    use super::{Isa, Operands, black_box};
 
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn function(isa: Isa, precision: Precision) -> unsafe fn(usize) -> f64 {
-        match (isa, precision) {
+    pub(super) fn function(isa: Isa, operands: Operands) -> unsafe fn(usize) -> f64 {
+        match (isa, operands) {
             (Isa::Portable, _) => portable,
+            (Isa::Avx2, Operands::Bytes) => avx2_bytes,
             (Isa::Avx2, _) => avx2,
-            (Isa::Amx, Precision::Bf16) => amx_bf16,
-            (_, Precision::Bf16) => avx512_bf16,
-            (_, Precision::F32) => avx512_f32,
+            (Isa::Amx, Operands::Bf16) => amx_bf16,
+            (Isa::Amx, Operands::Bytes) => amx_bytes,
+            (_, Operands::Bf16) => avx512_bf16,
+            (_, Operands::Bytes) => avx512_bytes,
+            (_, Operands::F32) => avx512_f32,
         }
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(super) fn function(_: Isa, _: Precision) -> unsafe fn(usize) -> f64 {
+    pub(super) fn function(_: Isa, _: Operands) -> unsafe fn(usize) -> f64 {
         portable
     }
 
@@ -143,37 +156,69 @@ mod peak {
         64
     );
 
-    /// Products of zeroed tiles into four sums.
     #[cfg(target_arch = "x86_64")]
-    fn amx_bf16(steps: usize) -> f64 {
-        #[repr(align(64))]
-        struct TileConfig([u8; 64]);
-        let mut config = TileConfig([0; 64]);
-        config.0[0] = 1;
-        for tile in 0..8 {
-            config.0[16 + 2 * tile] = 64;
-            config.0[48 + tile] = 16;
-        }
-        // SAFETY: the machine has AMX; the tiles are ours from the configuration to the release.
-        unsafe {
-            std::arch::asm!(
-                "ldtilecfg [{config}]",
-                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", "tilezero tmm4", "tilezero tmm5",
-                "2:",
-                "tdpbf16ps tmm0, tmm4, tmm5",
-                "tdpbf16ps tmm1, tmm4, tmm5",
-                "tdpbf16ps tmm2, tmm4, tmm5",
-                "tdpbf16ps tmm3, tmm4, tmm5",
-                "dec {steps}",
-                "jnz 2b",
-                "tilerelease",
-                config = in(reg) &config,
-                steps = inout(reg) steps => _,
-                options(nostack)
-            );
-        }
-        (steps * 4 * 2 * 16 * 16 * 32) as f64
+    register_loop!(
+        avx2_bytes,
+        "avx2",
+        __m256i,
+        _mm256_setzero_si256(),
+        |s, a, b| _mm256_add_epi16(s, _mm256_maddubs_epi16(a, b)),
+        64
+    );
+    #[cfg(target_arch = "x86_64")]
+    register_loop!(
+        avx512_bytes,
+        "avx512f,avx512vnni",
+        __m512i,
+        _mm512_setzero_si512(),
+        |s, a, b| _mm512_dpbusd_epi32(s, a, b),
+        128
+    );
+
+    /// A loop of products of zeroed tiles into four sums: 16 rows, 16 columns, 64 bytes along K.
+    #[cfg(target_arch = "x86_64")]
+    macro_rules! tile_loop {
+        ($name:ident, $instruction:literal, $depth:literal) => {
+            fn $name(steps: usize) -> f64 {
+                #[repr(align(64))]
+                struct TileConfig([u8; 64]);
+                let mut config = TileConfig([0; 64]);
+                config.0[0] = 1;
+                for tile in 0..8 {
+                    config.0[16 + 2 * tile] = 64;
+                    config.0[48 + tile] = 16;
+                }
+                // SAFETY: the machine has AMX; the tiles are ours from the configuration to the release.
+                unsafe {
+                    std::arch::asm!(
+                        "ldtilecfg [{config}]",
+                        "tilezero tmm0",
+                        "tilezero tmm1",
+                        "tilezero tmm2",
+                        "tilezero tmm3",
+                        "tilezero tmm4",
+                        "tilezero tmm5",
+                        "2:",
+                        concat!($instruction, " tmm0, tmm4, tmm5"),
+                        concat!($instruction, " tmm1, tmm4, tmm5"),
+                        concat!($instruction, " tmm2, tmm4, tmm5"),
+                        concat!($instruction, " tmm3, tmm4, tmm5"),
+                        "dec {steps}",
+                        "jnz 2b",
+                        "tilerelease",
+                        config = in(reg) &config,
+                        steps = inout(reg) steps => _,
+                        options(nostack)
+                    );
+                }
+                (steps * 4 * 2 * 16 * 16 * $depth) as f64
+            }
+        };
     }
+    #[cfg(target_arch = "x86_64")]
+    tile_loop!(amx_bf16, "tdpbf16ps", 32);
+    #[cfg(target_arch = "x86_64")]
+    tile_loop!(amx_bytes, "tdpbssd", 64);
 }
 
 #[cfg(test)]
@@ -184,9 +229,9 @@ mod tests {
     fn every_instruction_set_has_a_peak_and_memory_a_bandwidth() {
         let time = Duration::from_millis(1);
         for isa in Isa::available() {
-            for precision in [Precision::F32, Precision::Bf16] {
-                let found = peak_operations(isa, precision, time);
-                assert!(found.is_finite() && found > 1e8, "{isa} {precision:?}: {found}");
+            for operands in [Operands::F32, Operands::Bf16, Operands::Bytes] {
+                let found = peak_operations(isa, operands, time);
+                assert!(found.is_finite() && found > 1e8, "{isa} {operands:?}: {found}");
             }
             let found = crate::isa::with_isa(isa, || read_bandwidth(1 << 22, time));
             assert!(found.is_finite() && found > 1e7, "{isa}: {found}");

@@ -9,7 +9,7 @@ use anyhow::{anyhow, bail};
 use moebius_engine::bench::{self, BenchOptions};
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::isa::Isa;
-use moebius_kernels::machine;
+use moebius_kernels::machine::{self, Operands};
 use moebius_model::{Model, ModelConfig, RunFormat, shapes};
 
 use crate::arguments::BenchArguments;
@@ -75,12 +75,17 @@ fn options(arguments: &BenchArguments, model: &Model) -> BenchOptions {
 
 fn measure_machine(precision: Precision) -> Machine {
     let isa = Isa::current();
+    let operands = match precision {
+        Precision::F32 => Operands::F32,
+        Precision::Bf16 => Operands::Bf16,
+    };
     output::note("measuring the machine");
     Machine {
         isa,
         threads: rayon::current_num_threads(),
         read_bandwidth: machine::read_bandwidth(BANDWIDTH_BYTES, LIMIT_TIME),
-        peak_operations: machine::peak_operations(isa, precision, LIMIT_TIME),
+        peak_operations: machine::peak_operations(isa, operands, LIMIT_TIME),
+        peak_byte_operations: machine::peak_operations(isa, Operands::Bytes, LIMIT_TIME),
     }
 }
 

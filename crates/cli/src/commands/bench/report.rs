@@ -18,8 +18,10 @@ pub struct Machine {
     pub threads: usize,
     /// Bytes a second of a streaming read.
     pub read_bandwidth: f64,
-    /// Operations a second of multiply-adds in registers.
+    /// Operations a second of multiply-adds in registers, in the precision of the products.
     pub peak_operations: f64,
+    /// The same in bytes, as weights in block formats are multiplied.
+    pub peak_byte_operations: f64,
 }
 
 /// Everything that is reported.
@@ -65,12 +67,13 @@ impl Report<'_> {
         line(
             "machine",
             format!(
-                "{}, {} threads: reads {} GB/s, computes {} GFLOP/s in {}",
+                "{}, {} threads: reads {} GB/s, computes {} billion operations/s in {}, {} in bytes",
                 machine.isa,
                 machine.threads,
                 giga(machine.read_bandwidth),
                 giga(machine.peak_operations),
                 self.dtype(),
+                giga(machine.peak_byte_operations),
             ),
         );
         line("load", format!("{:.2} s, first token {:.3} s later", self.load_seconds, self.result.first_token_seconds));
@@ -103,10 +106,12 @@ impl Report<'_> {
                 percent(bytes / self.machine.read_bandwidth),
             ),
             format!(
-                "          {:.1} MFLOP a token: {} GFLOP/s, {} of the peak",
+                "          {:.1} million operations a token: {} billion/s, {} of the {} peak, {} of that in bytes",
                 a_token(phase.cost.operations) / 1e6,
                 giga(operations),
                 percent(operations / self.machine.peak_operations),
+                self.dtype(),
+                percent(operations / self.machine.peak_byte_operations),
             ),
         ];
         for (index, line) in lines.iter().enumerate() {
@@ -137,6 +142,7 @@ impl Report<'_> {
                 "threads": self.machine.threads,
                 "read_bytes_per_second": self.machine.read_bandwidth,
                 "operations_per_second": self.machine.peak_operations,
+                "byte_operations_per_second": self.machine.peak_byte_operations,
             },
             "load_seconds": self.load_seconds,
             "first_token_seconds": self.result.first_token_seconds,
@@ -167,6 +173,7 @@ impl Report<'_> {
             "share_of_read_bandwidth": bytes / self.machine.read_bandwidth,
             "operations_per_second": operations,
             "share_of_peak_operations": operations / self.machine.peak_operations,
+            "share_of_peak_byte_operations": operations / self.machine.peak_byte_operations,
         })
     }
 }
