@@ -2,6 +2,7 @@
 
 use crate::families::{self, TensorMap};
 use crate::files::Staged;
+use crate::gguf::{GgufFile, GgufModel};
 use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, stage_safetensors};
 use crate::{Model, ModelConfig, ModelError};
 use moebius_kernels::memory::Buffer;
@@ -19,16 +20,22 @@ pub struct Checkpoint<'a> {
     config: ModelConfig,
     name: String,
     files: Vec<SafetensorsFile<'a>>,
+    /// The one file that has everything, if it is of that kind.
+    gguf: Option<GgufModel<'a>>,
 }
 
 impl Checkpoint<'static> {
-    /// Opens a folder with `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    /// Opens a folder with `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names,
+    /// or a GGUF file.
     ///
     /// # Errors
     /// What is missing, foreign or broken, by file.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
+        if folder.is_file() {
+            return Self::from_gguf(GgufFile::open(folder)?);
+        }
         if !folder.is_dir() {
-            let message = if folder.exists() { "wanted a folder, found a file" } else { "no such folder" };
+            let message = if folder.exists() { "wanted a folder or a GGUF file" } else { "no such folder or file" };
             return Err(ModelError::file(folder.display().to_string(), message));
         }
         let path = folder.join(CONFIG);
@@ -40,7 +47,7 @@ impl Checkpoint<'static> {
             return Self::open_shards(config, folder, &index);
         }
         let files = vec![SafetensorsFile::open(&weights)?];
-        Ok(Self { config, name: weights.display().to_string(), files })
+        Ok(Self { config, name: weights.display().to_string(), files, gguf: None })
     }
 
     /// Opens the shards of an index, each of which must hold the tensors that the index says.
@@ -57,7 +64,7 @@ impl Checkpoint<'static> {
             }
             files.push(file);
         }
-        Ok(Self { config, name, files })
+        Ok(Self { config, name, files, gguf: None })
     }
 }
 
@@ -69,7 +76,18 @@ impl<'a> Checkpoint<'a> {
     pub fn from_bytes(config: &[u8], weights: &'a [u8]) -> Result<Self, ModelError> {
         let config = families::read_config(config, CONFIG)?;
         let files = vec![SafetensorsFile::from_bytes(WEIGHTS, weights)?];
-        Ok(Self { config, name: WEIGHTS.into(), files })
+        Ok(Self { config, name: WEIGHTS.into(), files, gguf: None })
+    }
+
+    /// A checkpoint that is a GGUF file.
+    ///
+    /// # Errors
+    /// An architecture that is not known, keys missing, out of range or contradictory, or that ask for arithmetic we
+    /// lack.
+    pub fn from_gguf(file: GgufFile<'a>) -> Result<Self, ModelError> {
+        let name = file.name().to_string();
+        let (config, gguf) = GgufModel::new(file)?;
+        Ok(Self { config, name, files: Vec::new(), gguf: Some(gguf) })
     }
 
     /// Its configuration.
@@ -79,6 +97,9 @@ impl<'a> Checkpoint<'a> {
 
     /// Reads all weights by our names, as f32.
     pub(crate) fn load(&self) -> Result<BTreeMap<String, Tensor>, ModelError> {
+        if let Some(gguf) = &self.gguf {
+            return gguf.load(&self.config);
+        }
         let maps = families::tensors(&self.config);
         self.check_surplus(&maps)?;
         let mut sizes: BTreeMap<&str, usize> = BTreeMap::new();
