@@ -17,6 +17,7 @@ mod error;
 pub mod families;
 mod feed_forward;
 pub mod files;
+pub mod gguf;
 mod loss;
 mod observer;
 mod running;
