@@ -48,6 +48,10 @@ impl Checkpoint<'static> {
         if index.exists() && !weights.exists() {
             return Self::open_shards(config, folder, &index);
         }
+        if crate::packed::is_packed(folder) && !weights.exists() {
+            let message = "a packed model can only be run; wanted one in Hugging Face's layout, or GGUF";
+            return Err(ModelError::file(folder.display().to_string(), message));
+        }
         let files = vec![SafetensorsFile::open(&weights)?];
         Ok(Self { config, name: weights.display().to_string(), files, gguf: None })
     }
@@ -327,7 +331,7 @@ fn stage_folder(
     tensors: &[TensorToWrite],
     stored_as: StoredAs,
 ) -> Result<[Staged; 3], ModelError> {
-    let weights = stage_safetensors(&folder.join(WEIGHTS), tensors)?;
+    let weights = stage_safetensors(&folder.join(WEIGHTS), tensors, 64)?;
     let generation = json!({
         "bos_token_id": config.bos_token,
         "eos_token_id": families::write_config(config, "")["eos_token_id"],

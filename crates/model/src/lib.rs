@@ -20,6 +20,7 @@ pub mod files;
 pub mod gguf;
 mod loss;
 mod observer;
+pub mod packed;
 mod running;
 pub mod safetensors;
 pub mod shapes;
