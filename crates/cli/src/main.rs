@@ -41,6 +41,7 @@ fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Command::Run(run) => commands::run::execute(run),
         Command::Train(train) => commands::train::execute(train),
         Command::Eval(eval) => commands::eval::execute(eval),
+        Command::Export(export) => commands::export::execute(export),
         Command::Logits(logits) => commands::logits::execute(logits),
         Command::Check(check) => commands::check::execute(check),
     }

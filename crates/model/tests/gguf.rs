@@ -64,6 +64,21 @@ fn exact_formats_bring_a_model_back_whole() {
 }
 
 #[test]
+fn files_of_another_hand_hold_the_same_model() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    for name in ["llama", "mixtral"] {
+        let wanted = Model::load(&Checkpoint::open(&fixtures.join(name)).unwrap()).unwrap();
+        let checkpoint = Checkpoint::open(&fixtures.join(format!("gguf/{name}.gguf"))).unwrap();
+        let found = Model::load(&checkpoint).unwrap();
+        assert_eq!(
+            found.config,
+            ModelConfig { router_aux_loss_coef: found.config.router_aux_loss_coef, ..wanted.config.clone() }
+        );
+        assert_eq!(weights(&found), weights(&wanted), "{name}");
+    }
+}
+
+#[test]
 fn a_mistral_comes_back_as_what_llama_cpp_knows() {
     let folder = tempfile::tempdir().unwrap();
     let model = Model::new(&config("mistral", Ffn::Dense { width: 64 }, false), 1).unwrap();

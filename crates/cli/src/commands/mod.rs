@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod eval;
+pub mod export;
 pub mod logits;
 pub mod run;
 pub mod train;
