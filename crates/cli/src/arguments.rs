@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moebius_kernels::formats::Format;
 use moebius_model::RunFormat;
 
 const EXAMPLES: &str = "\
@@ -41,6 +42,8 @@ pub enum Command {
     Eval(EvalArguments),
     /// Measure speed, against what the machine can do
     Bench(BenchArguments),
+    /// Write a model as a GGUF file, which llama.cpp runs
+    Export(ExportArguments),
     /// Write the logits of given tokens to a file
     Logits(LogitsArguments),
     /// Compare with golden folders: logits, routing, greedy tokens, losses, gradients
@@ -295,6 +298,32 @@ pub struct BenchArguments {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
+}
+
+const EXPORT_EXAMPLES: &str = "\
+Examples:
+  moebius export --gguf shipped.gguf
+  moebius export runs/tiny/model --gguf tiny.gguf --format q4_k
+
+Formats: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4. \
+Norms and routers stay f32; the head has six bits at least; matrices whose rows are no whole blocks of the \
+format take q8_0, or else f32.";
+
+/// `moebius export`.
+#[derive(Debug, Args)]
+#[command(after_help = EXPORT_EXAMPLES)]
+pub struct ExportArguments {
+    /// A folder in Hugging Face's layout [default: the model inside this binary]
+    #[arg(value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// The GGUF file to write: whole or not at all
+    #[arg(long, value_name = "FILE")]
+    pub gguf: PathBuf,
+
+    /// The format of the matrices
+    #[arg(long, value_name = "FORMAT", default_value = "q8_0", value_parser = crate::commands::export::parse_format)]
+    pub format: Format,
 }
 
 const LOGITS_EXAMPLES: &str = "\

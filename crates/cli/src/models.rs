@@ -80,6 +80,39 @@ impl Source {
         }
     }
 
+    /// The bytes of `tokenizer.json`.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn tokenizer_json(&self) -> anyhow::Result<Vec<u8>> {
+        match self {
+            Self::Shipped => Ok(shipped::TOKENIZER.to_vec()),
+            Self::Folder(folder) => {
+                let path = folder.join("tokenizer.json");
+                std::fs::read(&path).with_context(|| path.display().to_string())
+            }
+        }
+    }
+
+    /// The template that makes a prompt of a conversation, from `chat_template.jinja` or `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// The file and what is wrong with it.
+    pub fn chat_template(&self) -> anyhow::Result<Option<String>> {
+        let Self::Folder(folder) = self else { return Ok(None) };
+        let path = folder.join("chat_template.jinja");
+        if path.exists() {
+            return Ok(Some(std::fs::read_to_string(&path).with_context(|| path.display().to_string())?));
+        }
+        let path = folder.join("tokenizer_config.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        let config: serde_json::Value = serde_json::from_slice(&bytes).with_context(|| path.display().to_string())?;
+        Ok(config["chat_template"].as_str().map(Into::into))
+    }
+
     /// What `generation_config.json` says, or where there is none the end token of `config.json`.
     ///
     /// # Errors

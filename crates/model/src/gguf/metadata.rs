@@ -109,7 +109,7 @@ impl std::fmt::Debug for Array<'_> {
 
 impl PartialEq for Array<'_> {
     fn eq(&self, other: &Self) -> bool {
-        let bytes = |array: &Self| array.metadata.bytes[array.field.bytes.clone()].to_vec();
+        let bytes = |array: &Self| &array.metadata.bytes[array.field.bytes.clone()];
         self.field.element == other.field.element && bytes(self) == bytes(other)
     }
 }

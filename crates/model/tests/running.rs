@@ -1,0 +1,218 @@
+//! Models that are only run: the same answers as trained ones where nothing is rounded, one answer a token whatever the
+//! company, in every format, and packed folders that give back what was packed.
+
+use moebius_kernels::attention::CacheFormat;
+use moebius_kernels::formats::Format;
+use moebius_kernels::gemm::Precision;
+use moebius_kernels::isa::{Isa, with_isa};
+use moebius_kernels::quantised::PACKED_FORMATS;
+use moebius_model::checkpoint::StoredAs;
+use moebius_model::packed::{is_packed, save_packed};
+use moebius_model::{Batch, Checkpoint, Ffn, KvCache, Model, ModelConfig, RunFormat, Silent, save_model};
+use moebius_tensor::Graph;
+use proptest::prelude::*;
+use std::path::Path;
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        family: "mixtral".into(),
+        vocab_size: 72,
+        hidden: 256,
+        n_layers: 2,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 64,
+        max_positions: 600,
+        rope_theta: 1e4,
+        rms_eps: 1e-5,
+        window: None,
+        tie_embeddings: false,
+        ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 256, renormalise: true },
+        router_aux_loss_coef: 0.0,
+        bos_token: None,
+        eos_tokens: vec![],
+    }
+}
+
+fn saved(stored_as: StoredAs) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut model = Model::new(&config(), 5).unwrap();
+    // Large weights, so that the model has opinions.
+    for param in model.params_mut().into_iter().filter(|param| !param.name().ends_with("norm")) {
+        param.update(|weights| weights.iter_mut().for_each(|weight| *weight *= 4.0));
+    }
+    save_model(folder.path(), &model, stored_as).unwrap();
+    folder
+}
+
+fn to_run(folder: &Path, format: RunFormat) -> Model {
+    Model::load_to_run(&Checkpoint::open(folder).unwrap(), format, &mut |_| ()).unwrap()
+}
+
+fn tokens(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| i * 31 % 72).collect()
+}
+
+/// Bits of the logits of all tokens, read in chunks over a cache.
+fn logits(model: &Model, precision: Precision, tokens: &[u32], chunks: &[usize]) -> Vec<u32> {
+    let (g, mut cache) = (Graph::inference(precision), KvCache::new(&model.config, CacheFormat::Bf16));
+    let (mut first, mut all) = (0, Vec::new());
+    for &count in chunks {
+        let batch = Batch::continuing(&tokens[first..first + count], first);
+        let hidden = model.forward(&g, &batch, Some(&mut [&mut cache]), &mut Silent).unwrap();
+        all.extend(model.logits(&g, &hidden).data().iter().map(|x| x.to_bits()));
+        first += count;
+    }
+    all
+}
+
+#[test]
+fn unrounded_weights_answer_as_the_model_that_was_saved() {
+    for (stored_as, format, precision) in [
+        (StoredAs::F32, RunFormat::F32, Precision::F32),
+        (StoredAs::Bf16, RunFormat::AsStored, Precision::Bf16),
+        (StoredAs::Bf16, RunFormat::Bf16, Precision::Bf16),
+    ] {
+        let folder = saved(stored_as);
+        let whole = Model::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+        let tokens = tokens(20);
+        let wanted = logits(&whole, precision, &tokens, &[20]);
+        assert_eq!(logits(&to_run(folder.path(), format), precision, &tokens, &[20]), wanted, "{format}");
+    }
+}
+
+#[test]
+fn every_format_is_near_and_the_finer_the_nearer() {
+    let folder = saved(StoredAs::F32);
+    let tokens = tokens(24);
+    let values = |format| -> Vec<f32> {
+        logits(&to_run(folder.path(), format), Precision::F32, &tokens, &[24]).into_iter().map(f32::from_bits).collect()
+    };
+    let exact = values(RunFormat::F32);
+    let norm = exact.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let error = |format| {
+        let found = values(RunFormat::Block(format));
+        found.iter().zip(&exact).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt() / norm
+    };
+    let [eight, six, four] = [Format::Q8_0, Format::Q6_K, Format::Q4_0].map(error);
+    assert!(eight < six && six < four && four < 0.5, "{eight} {six} {four}");
+    for format in PACKED_FORMATS {
+        assert!(error(format) < 0.5, "{}", format.name());
+    }
+}
+
+#[test]
+fn five_hundred_and_twelve_tokens_are_the_bits_of_one_by_one() {
+    let folder = saved(StoredAs::F32);
+    let tokens = tokens(512);
+    for format in [Format::Q4_0, Format::Q6_K] {
+        let model = to_run(folder.path(), RunFormat::Block(format));
+        let whole = logits(&model, Precision::Bf16, &tokens, &[512]);
+        assert_eq!(logits(&model, Precision::Bf16, &tokens, &[1; 512]), whole, "{}", format.name());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+    #[test]
+    fn one_token_has_one_answer_in_every_format(
+        format in prop::sample::select(PACKED_FORMATS.to_vec()), threads in 1usize..4, alone in 1usize..4,
+        mut cuts in prop::collection::vec(1usize..40, 0..5),
+    ) {
+        let folder = saved(StoredAs::F32);
+        let tokens = tokens(40);
+        let model = to_run(folder.path(), RunFormat::Block(format));
+        let wanted = logits(&model, Precision::Bf16, &tokens, &[40]);
+        cuts.push(40);
+        cuts.sort_unstable();
+        cuts.dedup();
+        let mut before = 0;
+        let chunks: Vec<usize> = cuts.iter().map(|&cut| std::mem::replace(&mut before, cut)).zip(&cuts)
+            .map(|(start, end)| end - start).collect();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        prop_assert_eq!(pool.install(|| logits(&model, Precision::Bf16, &tokens, &chunks)), wanted.clone());
+        // Beside other sequences.
+        let g = Graph::inference(Precision::Bf16);
+        let mut caches: Vec<KvCache> = (0..=alone).map(|_| KvCache::new(&model.config, CacheFormat::Bf16)).collect();
+        let batch = Batch::continuing_together(&vec![(tokens.as_slice(), 0); alone + 1]);
+        let hidden = model.forward(&g, &batch, Some(&mut caches.iter_mut().collect::<Vec<_>>()), &mut Silent).unwrap();
+        let together: Vec<u32> = model.logits(&g, &hidden).data().iter().map(|x| x.to_bits()).collect();
+        prop_assert_eq!(together, wanted.repeat(alone + 1));
+    }
+}
+
+#[test]
+fn quantised_products_are_alike_on_every_instruction_set() {
+    let folder = saved(StoredAs::F32);
+    let model = to_run(folder.path(), RunFormat::Block(Format::Q4_K));
+    let tokens = tokens(9);
+    let run = |isa| with_isa(isa, || logits(&model, Precision::F32, &tokens, &[9]));
+    for isa in Isa::available() {
+        let found = run(isa);
+        // The router's f32 products add in other orders, which moves the last bits.
+        let near = |(a, b): (&u32, &u32)| (f32::from_bits(*a) - f32::from_bits(*b)).abs() < 1e-2;
+        assert!(found.iter().zip(&run(Isa::Portable)).all(near), "{isa}");
+    }
+}
+
+#[test]
+fn a_packed_folder_gives_back_what_was_packed() {
+    for format in [RunFormat::Bf16, RunFormat::Block(Format::Q4_K), RunFormat::Block(Format::MXFP4)] {
+        let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
+        let model = to_run(folder.path(), format);
+        let target = packed.path().join("new");
+        save_packed(&target, &model).unwrap();
+        assert!(is_packed(&target));
+        let opened = Model::open_packed(&target).unwrap();
+        let tokens = tokens(17);
+        let bits = |model| logits(model, Precision::Bf16, &tokens, &[17]);
+        assert_eq!(bits(&opened), bits(&model), "{format}");
+        let error = Checkpoint::open(&target).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("can only be run"), "{error}");
+    }
+}
+
+#[test]
+fn broken_packed_folders_are_refused_by_name() {
+    let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
+    save_packed(packed.path(), &to_run(folder.path(), RunFormat::Block(Format::Q8_0))).unwrap();
+    let error = || Model::open_packed(packed.path()).map(|_| ()).unwrap_err().to_string();
+    let change = |file: &str, edit: &dyn Fn(Vec<u8>) -> Vec<u8>| {
+        let path = packed.path().join(file);
+        let old = std::fs::read(&path).unwrap();
+        std::fs::write(&path, edit(old.clone())).unwrap();
+        let message = error();
+        std::fs::write(&path, old).unwrap();
+        message
+    };
+    let replace = |from: &'static str, to: &'static str| {
+        move |old: Vec<u8>| String::from_utf8(old).unwrap().replacen(from, to, 1).into_bytes()
+    };
+    for (from, to, wanted) in [
+        ("\"version\": 1", "\"version\": 9", "wanted 1, found 9: pack the model again"),
+        ("q8_0", "q9_0", "found `q9_0`"),
+        ("q8_0", "q5_k", "is packed in q5_k"),
+        ("\"layers.0.moe.gate_up\"", "\"layers.7.moe.gate_up\"", "`layers.0.moe.gate_up`: no format"),
+    ] {
+        let found = change("packed.json", &replace(from, to));
+        assert!(found.contains("packed.json") && found.contains(wanted), "{found}");
+    }
+    let found = change("packed.safetensors", &|old| old[..old.len() - 1000].to_vec());
+    assert!(found.contains("packed.safetensors"), "{found}");
+    let found = change("config.json", &replace("\"hidden_size\": 256", "\"hidden_size\": 512"));
+    assert!(found.contains("packed.safetensors") && found.contains("wanted"), "{found}");
+    assert!(error_of_opening(packed.path()).is_none());
+}
+
+fn error_of_opening(folder: &Path) -> Option<String> {
+    Model::open_packed(folder).err().map(|error| error.to_string())
+}
+
+#[test]
+fn a_model_that_is_run_is_not_trained() {
+    let folder = saved(StoredAs::F32);
+    let model = to_run(folder.path(), RunFormat::Block(Format::Q8_0));
+    let g = Graph::training(Precision::F32);
+    let error = model.forward(&g, &Batch::of_sequences(&[tokens(4)]), None, &mut Silent).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("held for running only"), "{error}");
+}
