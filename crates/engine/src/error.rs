@@ -21,6 +21,14 @@ pub enum EngineError {
         /// What the parser says.
         reason: String,
     },
+    /// A tokenizer in another form is damaged, or of a kind that is not known.
+    #[error("{name}: unusable tokenizer: {reason}")]
+    TokenizerSource {
+        /// The file.
+        name: String,
+        /// What was wanted and what was found.
+        reason: String,
+    },
     /// The tokenizer refused a text or a row of ids.
     #[error("{name}: the tokenizer cannot {action}: {reason}")]
     Tokenize {

@@ -22,5 +22,5 @@ pub use generator::{Event, Finish, GenerationOptions, Generator, Summary, TokenE
 pub use sampler::{Candidate, Sampler, SamplingOptions};
 pub use session::Session;
 pub use stop::{StopRule, Verdict};
-pub use tokenizer::{TextStream, Tokenizer};
+pub use tokenizer::{TextStream, TokenType, Tokenizer, TokenizerParts};
 pub use trace::{ExpertTrace, LayerChoice};
