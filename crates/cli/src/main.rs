@@ -39,6 +39,7 @@ fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     match &arguments.command {
         Command::Run(run) => commands::run::execute(run),
+        Command::Chat(chat) => commands::chat::execute(chat),
         Command::Train(train) => commands::train::execute(train),
         Command::Eval(eval) => commands::eval::execute(eval),
         Command::Logits(logits) => commands::logits::execute(logits),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use moebius_engine::{GenerationDefaults, Tokenizer};
+use moebius_engine::{ChatTemplate, GenerationDefaults, Tokenizer};
 use moebius_model::{Checkpoint, Model};
 
 /// The files of the shipped model, in Hugging Face's layout.
@@ -45,14 +45,25 @@ impl Source {
         }
     }
 
-    /// Reads `tokenizer.json`.
+    /// Reads the tokenizer, in whatever form the folder has it.
     ///
     /// # Errors
     /// The file and what is wrong with it.
     pub fn tokenizer(&self) -> anyhow::Result<Tokenizer> {
         match self {
             Self::Shipped => Ok(Tokenizer::from_bytes(shipped::TOKENIZER, "the shipped tokenizer.json")?),
-            Self::Folder(folder) => Ok(Tokenizer::from_file(&folder.join("tokenizer.json"))?),
+            Self::Folder(folder) => Ok(Tokenizer::from_folder(folder)?),
+        }
+    }
+
+    /// The chat template, `None` if the model has none.
+    ///
+    /// # Errors
+    /// The file and what is wrong with it.
+    pub fn chat_template(&self) -> anyhow::Result<Option<ChatTemplate>> {
+        match self {
+            Self::Shipped => Ok(None),
+            Self::Folder(folder) => Ok(ChatTemplate::from_folder(folder)?),
         }
     }
 

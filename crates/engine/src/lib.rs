@@ -1,10 +1,12 @@
 //! Prompt to text: tokenizer, sampling chain, stop rules, generation.
 //!
-//! Reading order: [`tokenizer`] turns text into ids and ids back into text piece by piece, [`sampler`] turns a row of
+//! Reading order: [`tokenizer`] turns text into ids and ids back into text piece by piece, [`chat`] writes a conversation as
+//! one text, [`sampler`] turns a row of
 //! logits into the next id, [`stop`] decides which text may be shown, [`session`] is a model in the
 //! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all.
 #![forbid(unsafe_code)]
 
+pub mod chat;
 pub mod defaults;
 pub mod error;
 pub mod generator;
@@ -16,6 +18,7 @@ mod testing;
 pub mod tokenizer;
 pub mod trace;
 
+pub use chat::{ChatTemplate, Conversation, Message};
 pub use defaults::GenerationDefaults;
 pub use error::EngineError;
 pub use generator::{Event, Finish, GenerationOptions, Generator, Summary, TokenExperts};

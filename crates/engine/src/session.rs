@@ -11,18 +11,30 @@ pub struct Session<'m> {
     model: &'m Model,
     precision: Precision,
     cache: KvCache,
-    position: usize,
+    /// What was read, one token a position.
+    tokens: Vec<u32>,
 }
 
 impl<'m> Session<'m> {
     /// An empty sequence.
     pub fn new(model: &'m Model, precision: Precision) -> Self {
-        Self { model, precision, cache: KvCache::new(&model.config), position: 0 }
+        Self { model, precision, cache: KvCache::new(&model.config), tokens: Vec::new() }
     }
 
     /// Tokens read so far.
     pub fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
+    }
+
+    /// The tokens read so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Forgets all but the first `positions` tokens, so that another text may follow them.
+    pub fn rewind(&mut self, positions: usize) {
+        self.tokens.truncate(positions);
+        self.cache.truncate(self.tokens.len());
     }
 
     /// Reads tokens after those read before, and gives the logits of what may follow the last one, `[vocab]`.
@@ -35,9 +47,16 @@ impl<'m> Session<'m> {
             return Err(EngineError::EmptyPrompt);
         }
         let graph = Graph::inference(self.precision);
-        let batch = Batch::continuing(tokens, self.position);
-        let hidden = self.model.forward(&graph, &batch, Some(&mut self.cache), observer)?;
-        self.position += tokens.len();
+        let batch = Batch::continuing(tokens, self.position());
+        let hidden = match self.model.forward(&graph, &batch, Some(&mut self.cache), observer) {
+            Ok(hidden) => hidden,
+            Err(error) => {
+                // Lower layers may have cached what the failing one has not.
+                self.cache.truncate(self.tokens.len());
+                return Err(error.into());
+            }
+        };
+        self.tokens.extend_from_slice(tokens);
         // The head runs on the one row that is wanted; it gives the same bits as among all rows.
         let [_, width] = hidden.dims::<2>()?;
         let data = hidden.data();

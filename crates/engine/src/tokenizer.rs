@@ -1,10 +1,13 @@
 //! Text to token ids and back, through the `tokenizers` crate, with an incremental decoder.
 //!
 //! Whatever a model ships becomes one `tokenizers::Tokenizer`: `tokenizer.json` as it is, the metadata of a GGUF file
-//! and SentencePiece's models through [`TokenizerParts`].
+//! SentencePiece's models and tiktoken's ranks through [`TokenizerParts`].
 
+mod folder;
 mod parts;
+mod sentencepiece;
 mod splits;
+mod tiktoken;
 
 pub use parts::{TokenType, TokenizerParts};
 

@@ -50,8 +50,8 @@ impl TokenType {
 /// A tokenizer in pieces, named as in GGUF's `tokenizer.ggml.*`. What a file does not say stays at its default.
 #[derive(Clone, Debug, Default)]
 pub struct TokenizerParts {
-    /// `model`: `llama` (SentencePiece's BPE: merge what scores highest), `gpt2` (byte-level BPE, merges in a list) or
-    /// `t5` (SentencePiece's unigram).
+    /// `model`: `llama` (SentencePiece's BPE: merge what scores highest), `gpt2` (byte-level BPE, merges in a list),
+    /// `gemma4` (the same of characters) or `t5` (SentencePiece's unigram).
     pub model: String,
     /// `pre`: the name of the rules that cut text into words, for `gpt2`.
     pub pre: Option<String>,
@@ -98,9 +98,11 @@ impl TokenizerParts {
         builder.check()?;
         match self.model.as_str() {
             "llama" => builder.scored(),
-            "gpt2" => builder.merged(),
+            "gpt2" | "gemma4" => builder.merged(),
             "t5" => builder.unigram(),
-            other => Err(builder.wrong(format!("wanted the tokenizer model llama, gpt2 or t5, found `{other}`"))),
+            other => {
+                Err(builder.wrong(format!("wanted the tokenizer model llama, gpt2, gemma4 or t5, found `{other}`")))
+            }
         }
     }
 
@@ -160,7 +162,7 @@ impl Builder<'_> {
     /// Byte-level BPE.
     fn merged(&self) -> Result<Tokenizer, EngineError> {
         let parts = self.parts;
-        let pre = parts.pre.as_deref().unwrap_or("default");
+        let pre = parts.pre.as_deref().unwrap_or(if parts.model == "gemma4" { "gemma4" } else { "default" });
         let split = splits::named(pre).ok_or_else(|| {
             self.wrong(format!("the pre-tokenizer `{pre}` is not known; wanted one of {}", splits::names()))
         })?;
@@ -354,9 +356,7 @@ fn text_decoder(prefix: bool) -> Value {
 }
 
 fn pre_tokenizer(split: &Split) -> Value {
-    let cut = |expression: &&str| {
-        json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false})
-    };
+    let cut = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
     let mut steps: Vec<Value> = split.expressions.iter().map(cut).collect();
     if split.byte_level {
         steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
@@ -367,11 +367,7 @@ fn pre_tokenizer(split: &Split) -> Value {
 /// SentencePiece merges the two neighbours whose union scores highest, which is a list of merges in the order of that
 /// score: each token in every way in which two others make it. (Kudo and Richardson 2018; transformers converts the
 /// same way.) Of equal scores the lower id comes first, of a token's ways that with the shortest left part.
-fn merges_by_score(
-    parts: &TokenizerParts,
-    vocabulary: &HashMap<&str, u32>,
-    scores: &[f32],
-) -> Vec<(String, String)> {
+fn merges_by_score(parts: &TokenizerParts, vocabulary: &HashMap<&str, u32>, scores: &[f32]) -> Vec<(String, String)> {
     let is_text = |id: u32| {
         matches!(parts.token_type(id as usize), TokenType::Normal | TokenType::UserDefined | TokenType::Unused)
     };
@@ -385,8 +381,6 @@ fn merges_by_score(
             }
         }
     }
-    merges.sort_by(|a, b| {
-        b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)).then_with(|| a.2.len().cmp(&b.2.len()))
-    });
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)).then_with(|| a.2.len().cmp(&b.2.len())));
     merges.into_iter().map(|(.., left, right)| (left.to_string(), right.to_string())).collect()
 }

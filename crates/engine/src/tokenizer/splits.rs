@@ -53,20 +53,20 @@ macro_rules! contraction_or_none {
 }
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-/// The expression of Llama 3 and of cl100k, from which many descend.
-pub(super) const LLAMA3: &str = words!(r"\p{N}{1,3}");
+/// Llama 3's and cl100k's, from which many descend.
+const LLAMA3: &str = words!(r"\p{N}{1,3}");
 /// Qwen's: one digit a token.
-pub(super) const QWEN2: &str = words!(r"\p{N}");
+const QWEN2: &str = words!(r"\p{N}");
 const QWEN35: &str = concat!(
     contraction!(),
     r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 /// o200k's.
-pub(super) const GPT4O: &str = cased_words!(contraction_or_none!(), r"\p{N}{1,3}");
+const GPT4O: &str = cased_words!(contraction_or_none!(), r"\p{N}{1,3}");
 const TEKKEN: &str = cased_words!("", r"\p{N}");
 const YOUTU: &str = cased_words!(contraction_or_none!(), r"\p{N}");
 /// Kimi's: o200k's with runs of Chinese characters on their own.
-pub(super) const KIMI_K2: &str = concat!(
+const KIMI_K2: &str = concat!(
     r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*",
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+",
@@ -77,10 +77,8 @@ const BAILING: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|",
     r"\s*[\r\n]|\s+(?!\S)|\s+"
 );
-const SEED_CODER: &str = concat!(
-    contraction!(),
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
+const SEED_CODER: &str =
+    concat!(contraction!(), r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+");
 const EXAONE_MOE: &str = concat!(
     contraction!(),
     r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|",
@@ -107,23 +105,49 @@ const BLOOM: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
 const EXPRESSIONS: [(&[&str], &[&str]); 23] = [
     (
         &[
-            "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "jina-es", "jina-de", "jina-v2-es",
-            "jina-v2-de", "jina-v1-en", "jina-v2-code", "roberta-bpe", "gigachat", "a.x-4.0", "mellum", "modern-bert",
+            "gpt-2",
+            "phi-2",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "jina-es",
+            "jina-de",
+            "jina-v2-es",
+            "jina-v2-de",
+            "jina-v1-en",
+            "jina-v2-code",
+            "roberta-bpe",
+            "gigachat",
+            "a.x-4.0",
+            "mellum",
+            "modern-bert",
             "exaone4",
         ],
         &[GPT2],
     ),
     (
         &[
-            "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano",
-            "dbrx", "smaug-bpe", "chatglm-bpe", "glm4", "glm5",
+            "llama3",
+            "llama-v3",
+            "llama-bpe",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
+            "dbrx",
+            "smaug-bpe",
+            "chatglm-bpe",
+            "glm4",
+            "glm5",
         ],
         &[LLAMA3],
     ),
     (
-        &[
-            "qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "hunyuan", "solar-open", "megrez", "grok-2",
-        ],
+        &["qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "hunyuan", "solar-open", "megrez", "grok-2"],
         &[QWEN2],
     ),
     (&["qwen35"], &[QWEN35]),
@@ -141,10 +165,7 @@ const EXPRESSIONS: [(&[&str], &[&str]); 23] = [
     (&["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2", "granite-embed-multi-97m"], &[GPT4O]),
     (&["tiny_aya", "cohere2moe"], &[r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O]),
     (&["tekken"], &[TEKKEN]),
-    (
-        &["youtu"],
-        &[r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+", YOUTU],
-    ),
+    (&["youtu"], &[r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+", YOUTU]),
     (&["kimi-k2"], &[KIMI_K2]),
     (&["bailingmoe", "bailingmoe2", "llada-moe"], &[BAILING]),
     (&["seed-coder"], &[SEED_CODER]),
@@ -158,12 +179,34 @@ const EXPRESSIONS: [(&[&str], &[&str]); 23] = [
 ];
 
 const WHOLE_WORDS: [&str; 15] = [
-    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "youtu",
-    "glm4", "glm5", "tekken", "minicpm5", "granite-embed-multi-97m",
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+    "youtu",
+    "glm4",
+    "glm5",
+    "tekken",
+    "minicpm5",
+    "granite-embed-multi-97m",
 ];
 const WITHOUT_BYTES: [&str; 3] = ["gemma4", "granite-embed-multi-311m", "sarvam-moe"];
 const BEGINNING: [&str; 10] = [
-    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+    "tekken",
 ];
 
 /// The way that a name stands for, `None` if it is not known.
@@ -175,6 +218,12 @@ pub(super) fn named(name: &str) -> Option<Split> {
         byte_level: !WITHOUT_BYTES.contains(&name),
         begins: BEGINNING.contains(&name),
     })
+}
+
+/// A name that stands for one expression alone.
+pub(super) fn with_expression(expression: &str) -> Option<&'static str> {
+    let row = EXPRESSIONS.iter().find(|(_, expressions)| *expressions == [expression]);
+    row.and_then(|(names, _)| names.first().copied())
 }
 
 /// All names, for messages.
