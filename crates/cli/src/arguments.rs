@@ -13,6 +13,7 @@ Examples:
   moebius train recipes/tiny.toml --out runs/tiny   train a model in minutes
   moebius run --model runs/tiny/model \"The sea\"     and run it
   moebius eval --model runs/tiny/model --text FILE  measure it
+  moebius chat --model DIR                          talk with a model that was trained to
 
 `moebius COMMAND --help` explains each command. A failure prints one line and exits with 1, wrong usage with 2.";
 
@@ -36,6 +37,8 @@ pub enum Command {
     Run(RunArguments),
     /// Write a model as it runs: in 4 to 16 bits a weight, started without loading
     Pack(PackArguments),
+    /// Talk with a model in the terminal
+    Chat(ChatArguments),
     /// Train a model by a recipe
     Train(TrainArguments),
     /// Measure loss, perplexity and bits a byte on a text
@@ -104,6 +107,26 @@ pub struct RunArguments {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
 
+    /// How tokens are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+
+    /// Stop after N tokens, at the latest when the model's context is full
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub max_tokens: usize,
+
+    /// What it is run in
+    #[command(flatten)]
+    pub precision: RunPrecision,
+
+    /// Print a line for each token (`>` marks the prompt): the experts that each layer chose for it, heaviest first
+    #[arg(long)]
+    pub show_experts: bool,
+}
+
+/// How tokens are chosen, and what ends the text.
+#[derive(Debug, Args)]
+pub struct SamplingArguments {
     /// Divides the logits: 0 always takes the likeliest token, above 1 is bolder [default: 0.8]
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
@@ -128,21 +151,51 @@ pub struct RunArguments {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
 
-    /// Stop after N tokens, at the latest when the model's context is full
-    #[arg(long, value_name = "N", default_value_t = 200)]
-    pub max_tokens: usize,
-
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+}
+
+const CHAT_EXAMPLES: &str = "\
+Examples:
+  moebius chat --model DIR
+  moebius chat --model DIR --system \"Answer in one sentence.\" --temperature 0.6
+  echo \"Name three rivers.\" | moebius chat --model DIR
+
+Each line is a message. /help lists the commands. Ctrl-C ends an answer, at the prompt it leaves. Without a \
+terminal, lines come from standard input and the answers alone go to standard output.";
+
+/// `moebius chat`.
+#[derive(Debug, Args)]
+#[command(after_help = CHAT_EXAMPLES)]
+pub struct ChatArguments {
+    /// A folder in Hugging Face's layout, of a model that was trained to chat
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// The instruction that stands before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+
+    /// A Jinja chat template to use instead of the model's
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+
+    /// How tokens are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+
+    /// End an answer after N tokens [default: when the model's context is full]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
 
     /// What it is run in
     #[command(flatten)]
     pub precision: RunPrecision,
 
-    /// Print a line for each token (`>` marks the prompt): the experts that each layer chose for it, heaviest first
+    /// After each answer, print counts and speeds to standard error
     #[arg(long)]
-    pub show_experts: bool,
+    pub figures: bool,
 }
 
 const PACK_EXAMPLES: &str = "\

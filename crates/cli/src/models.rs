@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use moebius_engine::{GenerationDefaults, Tokenizer};
+use moebius_engine::{ChatTemplate, GenerationDefaults, Tokenizer, gguf};
+use moebius_model::gguf::GgufFile;
 use moebius_model::{Checkpoint, Model, RunFormat, packed};
 
 use crate::output::LoadBar;
@@ -26,14 +27,20 @@ mod shipped {
 pub enum Source {
     /// Inside the binary.
     Shipped,
-    /// A folder in Hugging Face's layout.
+    /// A folder in Hugging Face's layout, or a packed one.
     Folder(PathBuf),
+    /// A GGUF file.
+    Gguf(PathBuf),
 }
 
 impl Source {
-    /// The folder if one is given, else the shipped model.
-    pub fn new(folder: Option<&Path>) -> Self {
-        folder.map_or(Self::Shipped, |folder| Self::Folder(folder.to_path_buf()))
+    /// The folder or file if one is given, else the shipped model.
+    pub fn new(path: Option<&Path>) -> Self {
+        match path {
+            None => Self::Shipped,
+            Some(file) if file.is_file() => Self::Gguf(file.to_path_buf()),
+            Some(folder) => Self::Folder(folder.to_path_buf()),
+        }
     }
 
     /// Reads configuration and weights, for everything that can be done with a model.
@@ -65,52 +72,32 @@ impl Source {
     fn checkpoint(&self) -> anyhow::Result<Checkpoint<'static>> {
         Ok(match self {
             Self::Shipped => Checkpoint::from_bytes(shipped::CONFIG, shipped::WEIGHTS)?,
-            Self::Folder(folder) => Checkpoint::open(folder)?,
+            Self::Folder(path) | Self::Gguf(path) => Checkpoint::open(path)?,
         })
     }
 
-    /// Reads `tokenizer.json`.
+    /// Reads the tokenizer, in whatever form the model has it.
     ///
     /// # Errors
     /// The file and what is wrong with it.
     pub fn tokenizer(&self) -> anyhow::Result<Tokenizer> {
-        match self {
-            Self::Shipped => Ok(Tokenizer::from_bytes(shipped::TOKENIZER, "the shipped tokenizer.json")?),
-            Self::Folder(folder) => Ok(Tokenizer::from_file(&folder.join("tokenizer.json"))?),
-        }
+        Ok(match self {
+            Self::Shipped => Tokenizer::from_bytes(shipped::TOKENIZER, "the shipped tokenizer.json")?,
+            Self::Folder(folder) => Tokenizer::from_folder(folder)?,
+            Self::Gguf(file) => gguf::tokenizer(&GgufFile::open(file)?)?,
+        })
     }
 
-    /// The bytes of `tokenizer.json`.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn tokenizer_json(&self) -> anyhow::Result<Vec<u8>> {
-        match self {
-            Self::Shipped => Ok(shipped::TOKENIZER.to_vec()),
-            Self::Folder(folder) => {
-                let path = folder.join("tokenizer.json");
-                std::fs::read(&path).with_context(|| path.display().to_string())
-            }
-        }
-    }
-
-    /// The template that makes a prompt of a conversation, from `chat_template.jinja` or `tokenizer_config.json`.
+    /// The chat template, `None` if the model has none.
     ///
     /// # Errors
     /// The file and what is wrong with it.
-    pub fn chat_template(&self) -> anyhow::Result<Option<String>> {
-        let Self::Folder(folder) = self else { return Ok(None) };
-        let path = folder.join("chat_template.jinja");
-        if path.exists() {
-            return Ok(Some(std::fs::read_to_string(&path).with_context(|| path.display().to_string())?));
-        }
-        let path = folder.join("tokenizer_config.json");
-        if !path.exists() {
-            return Ok(None);
-        }
-        let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
-        let config: serde_json::Value = serde_json::from_slice(&bytes).with_context(|| path.display().to_string())?;
-        Ok(config["chat_template"].as_str().map(Into::into))
+    pub fn chat_template(&self) -> anyhow::Result<Option<ChatTemplate>> {
+        Ok(match self {
+            Self::Shipped => None,
+            Self::Folder(folder) => ChatTemplate::from_folder(folder)?,
+            Self::Gguf(file) => gguf::chat_template(&GgufFile::open(file)?)?,
+        })
     }
 
     /// What `generation_config.json` says, or where there is none the end token of `config.json`.
@@ -118,8 +105,12 @@ impl Source {
     /// # Errors
     /// The file and what is wrong with it.
     pub fn generation_defaults(&self) -> anyhow::Result<GenerationDefaults> {
-        let Self::Folder(folder) = self else {
-            return Ok(GenerationDefaults::from_json(shipped::GENERATION, "the shipped generation_config.json")?);
+        let folder = match self {
+            Self::Shipped => {
+                return Ok(GenerationDefaults::from_json(shipped::GENERATION, "the shipped generation_config.json")?);
+            }
+            Self::Gguf(file) => return Ok(gguf::generation_defaults(&GgufFile::open(file)?)?),
+            Self::Folder(folder) => folder,
         };
         let generation = folder.join("generation_config.json");
         let path = if generation.exists() { generation } else { folder.join("config.json") };

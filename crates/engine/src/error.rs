@@ -21,6 +21,34 @@ pub enum EngineError {
         /// What the parser says.
         reason: String,
     },
+    /// A folder has no tokenizer.
+    #[error(
+        "{}: no tokenizer: looked for tokenizer.json, tokenizer.model, tekken.json, tiktoken.model, qwen.tiktoken and \
+         vocab.tiktoken",
+        folder.display()
+    )]
+    TokenizerMissing {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A tokenizer in another form is damaged, or of a kind that is not known.
+    #[error("{name}: unusable tokenizer: {reason}")]
+    TokenizerSource {
+        /// The file.
+        name: String,
+        /// What was wanted and what was found.
+        reason: String,
+    },
+    /// A chat template is damaged, refuses a conversation, or asks for too much.
+    #[error("{name}{}: chat template: {reason}", line.map(|line| format!(", line {line} of the template")).unwrap_or_default())]
+    Template {
+        /// The file.
+        name: String,
+        /// The template's line.
+        line: Option<usize>,
+        /// What is wrong.
+        reason: String,
+    },
     /// The tokenizer refused a text or a row of ids.
     #[error("{name}: the tokenizer cannot {action}: {reason}")]
     Tokenize {

@@ -81,6 +81,8 @@ pub enum Finish {
 pub struct Summary {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// How many of them the session had read before.
+    pub cached_tokens: usize,
     /// Tokens generated, an end token included.
     pub tokens: Vec<u32>,
     /// Why the text ended.
@@ -95,9 +97,9 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Tokens of the prompt read in a second.
+    /// Tokens of the prompt, those read before left out, in a second.
     pub fn prompt_rate(&self) -> f64 {
-        self.prompt_tokens as f64 / self.prompt_time.as_secs_f64()
+        (self.prompt_tokens - self.cached_tokens) as f64 / self.prompt_time.as_secs_f64()
     }
 
     /// Decode steps in a second; `None` where there was none.
@@ -132,6 +134,27 @@ impl<'m> Generator<'m> {
         on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Summary, EngineError> {
         let prompt = self.tokenizer.encode(prompt)?;
+        self.continue_session(&mut self.session(), &prompt, options, on_event)
+    }
+
+    /// An empty sequence of this generator's model.
+    pub fn session(&self) -> Session<'m> {
+        Session::new(self.model, self.precision)
+    }
+
+    /// As [`Generator::generate`], in a session that may have read something: the tokens that `prompt` shares with it
+    /// from the beginning are not read again, what else it has read is forgotten. The text is the same as in an empty
+    /// session.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`].
+    pub fn continue_session(
+        &self,
+        session: &mut Session<'m>,
+        prompt: &[u32],
+        options: &GenerationOptions,
+        on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Summary, EngineError> {
         let context = self.model.config.max_positions;
         if prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
@@ -139,18 +162,22 @@ impl<'m> Generator<'m> {
         if prompt.len() >= context {
             return Err(EngineError::PromptTooLong { found: prompt.len(), context });
         }
+        let shared = session.tokens().iter().zip(prompt).take_while(|(read, wanted)| read == wanted).count();
+        // The last token is read in any case: the text begins with the logits behind it.
+        let cached_tokens = shared.min(prompt.len() - 1);
+        session.rewind(cached_tokens);
         let mut run = Run {
             options,
             context,
-            session: Session::new(self.model, self.precision),
+            session,
             sampler: Sampler::new(options.sampling)?,
             stop: StopRule::new(&options.stop),
-            text: self.tokenizer.stream().after(&prompt)?,
-            history: prompt.clone(),
+            text: self.tokenizer.stream().after(prompt)?,
+            history: prompt.to_vec(),
             on_event,
         };
         let started = Instant::now();
-        let prefilled = run.prefill(&prompt)?;
+        let prefilled = run.prefill(&prompt[cached_tokens..])?;
         let prompt_time = started.elapsed();
         let started = Instant::now();
         let (finish, decode_steps) = match prefilled {
@@ -159,7 +186,8 @@ impl<'m> Generator<'m> {
         };
         let tokens = run.history.split_off(prompt.len());
         let generation_time = started.elapsed();
-        Ok(Summary { prompt_tokens: prompt.len(), tokens, finish, prompt_time, generation_time, decode_steps })
+        let prompt_tokens = prompt.len();
+        Ok(Summary { prompt_tokens, cached_tokens, tokens, finish, prompt_time, generation_time, decode_steps })
     }
 }
 
@@ -168,7 +196,7 @@ struct Run<'r, 'm> {
     options: &'r GenerationOptions,
     /// Positions that the model has.
     context: usize,
-    session: Session<'m>,
+    session: &'r mut Session<'m>,
     sampler: Sampler,
     stop: StopRule,
     text: TextStream<'m>,
@@ -396,6 +424,25 @@ mod tests {
         let generator = Generator::new(&model, &tokenizer, Precision::F32);
         let cancelled = generator.generate("The sea", &sampled(1), &mut |_| ControlFlow::Break(())).unwrap();
         assert_eq!(cancelled.finish, Finish::Cancelled);
+    }
+
+    #[test]
+    fn a_session_goes_on_as_if_it_had_read_everything_anew() {
+        let (model, tokenizer) = (model(), byte_level());
+        let generator = Generator::new(&model, &tokenizer, Precision::F32);
+        let mut session = generator.session();
+        let mut go_on = |prompt: &str| {
+            let prompt = tokenizer.encode(prompt).unwrap();
+            let options = GenerationOptions { max_tokens: 6, ..sampled(1) };
+            generator.continue_session(&mut session, &prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap()
+        };
+        for (prompt, cached) in [("The sea", 0), ("The sea", 6), ("The sea is old", 7), ("The sun", 5), ("A", 0)] {
+            let summary = go_on(prompt);
+            let anew = generator.generate(prompt, &GenerationOptions { max_tokens: 6, ..sampled(1) }, &mut |_| {
+                ControlFlow::Continue(())
+            });
+            assert_eq!((summary.tokens, summary.cached_tokens), (anew.unwrap().tokens, cached), "{prompt}");
+        }
     }
 
     #[test]

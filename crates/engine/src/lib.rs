@@ -1,14 +1,17 @@
 //! Prompt to text: tokenizer, sampling chain, stop rules, generation.
 //!
-//! Reading order: [`tokenizer`] turns text into ids and ids back into text piece by piece, [`sampler`] turns a row of
+//! Reading order: [`tokenizer`] turns text into ids and ids back into text piece by piece, [`chat`] writes a conversation as
+//! one text, [`sampler`] turns a row of
 //! logits into the next id, [`stop`] decides which text may be shown, [`session`] is a model in the
 //! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all; [`bench`] measures.
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod chat;
 pub mod defaults;
 pub mod error;
 pub mod generator;
+pub mod gguf;
 pub mod sampler;
 pub mod session;
 pub mod stop;
@@ -18,11 +21,12 @@ pub mod tokenizer;
 pub mod trace;
 
 pub use bench::{BenchOptions, BenchResult, Phase, Spread, measure};
+pub use chat::{ChatTemplate, Conversation, Message};
 pub use defaults::GenerationDefaults;
 pub use error::EngineError;
 pub use generator::{Event, Finish, GenerationOptions, Generator, Summary, TokenExperts};
 pub use sampler::{Candidate, Sampler, SamplingOptions};
 pub use session::Session;
 pub use stop::{StopRule, Verdict};
-pub use tokenizer::{TextStream, Tokenizer};
+pub use tokenizer::{TextStream, TokenType, Tokenizer, TokenizerParts};
 pub use trace::{ExpertTrace, LayerChoice};

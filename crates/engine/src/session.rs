@@ -11,18 +11,35 @@ pub struct Session<'m> {
     model: &'m Model,
     precision: Precision,
     cache: KvCache,
-    position: usize,
+    /// What was read, one token a position.
+    tokens: Vec<u32>,
 }
 
 impl<'m> Session<'m> {
     /// An empty sequence.
     pub fn new(model: &'m Model, precision: Precision) -> Self {
-        Self { model, precision, cache: KvCache::new(&model.config, KvCache::format_for(precision)), position: 0 }
+        Self {
+            model,
+            precision,
+            cache: KvCache::new(&model.config, KvCache::format_for(precision)),
+            tokens: Vec::new(),
+        }
     }
 
     /// Tokens read so far.
     pub fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
+    }
+
+    /// The tokens read so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Forgets all but the first `positions` tokens, so that another text may follow them.
+    pub fn rewind(&mut self, positions: usize) {
+        self.tokens.truncate(positions);
+        self.cache.truncate(self.tokens.len());
     }
 
     /// Reads tokens after those read before, and gives the logits of what may follow the last one, `[vocab]`.
@@ -56,13 +73,20 @@ impl<'m> Session<'m> {
             return Err(EngineError::EmptyPrompt);
         }
         let parts: Vec<(&[u32], usize)> =
-            tokens.iter().zip(sessions.iter()).map(|(&tokens, session)| (tokens, session.position)).collect();
+            tokens.iter().zip(sessions.iter()).map(|(&tokens, session)| (tokens, session.position())).collect();
         let batch = Batch::continuing_together(&parts);
         let graph = Graph::inference(precision);
         let mut caches: Vec<&mut KvCache> = sessions.iter_mut().map(|session| &mut session.cache).collect();
-        let hidden = model.forward(&graph, &batch, Some(&mut caches), observer)?;
+        let hidden = match model.forward(&graph, &batch, Some(&mut caches), observer) {
+            Ok(hidden) => hidden,
+            Err(error) => {
+                // Lower layers may have cached what the failing one has not.
+                sessions.iter_mut().for_each(|session| session.cache.truncate(session.tokens.len()));
+                return Err(error.into());
+            }
+        };
         for (session, tokens) in sessions.iter_mut().zip(tokens) {
-            session.position += tokens.len();
+            session.tokens.extend_from_slice(tokens);
         }
         // The head runs on the rows that are wanted; they get the same bits as among all rows.
         let [_, width] = hidden.dims::<2>()?;

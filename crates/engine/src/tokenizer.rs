@@ -1,4 +1,15 @@
 //! Text to token ids and back, through the `tokenizers` crate, with an incremental decoder.
+//!
+//! Whatever a model ships becomes one `tokenizers::Tokenizer`: `tokenizer.json` as it is, the metadata of a GGUF file
+//! SentencePiece's models and tiktoken's ranks through [`TokenizerParts`].
+
+mod folder;
+mod parts;
+mod sentencepiece;
+mod splits;
+mod tiktoken;
+
+pub use parts::{TokenType, TokenizerParts};
 
 use std::path::Path;
 
@@ -34,6 +45,35 @@ impl Tokenizer {
         Ok(Self { inner, name: name.to_string() })
     }
 
+    pub(crate) fn from_inner(inner: tokenizers::Tokenizer, name: &str) -> Self {
+        Self { inner, name: name.to_string() }
+    }
+
+    /// The tokenizer as the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`EngineError::TokenizerFormat`] if it holds what cannot be written.
+    pub fn to_json(&self) -> Result<String, EngineError> {
+        self.inner.to_string(false).map_err(|error| EngineError::TokenizerFormat {
+            name: self.name.clone(),
+            reason: one_line(&error.to_string()),
+        })
+    }
+
+    /// The same tokenizer for text in which the names of special tokens are but letters, as strangers' text should be
+    /// read. Texts that are always one token stay so.
+    #[must_use]
+    pub fn literal(&self) -> Self {
+        let mut inner = self.inner.clone();
+        inner.set_encode_special_tokens(true);
+        Self { inner, name: self.name.clone() }
+    }
+
+    /// The id of a token by its name in the vocabulary.
+    pub fn token_id(&self, name: &str) -> Option<u32> {
+        self.inner.token_to_id(name)
+    }
+
     /// The number of ids, added tokens included.
     pub fn vocabulary(&self) -> usize {
         self.inner.get_vocab_size(true)
@@ -50,6 +90,15 @@ impl Tokenizer {
     /// [`EngineError::Tokenize`] with the tokenizer's own words.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, EngineError> {
         let encoding = self.inner.encode_fast(text, true);
+        Ok(encoding.map_err(|error| self.failed("encode the text", &error))?.get_ids().to_vec())
+    }
+
+    /// The ids of a text that brings its special tokens itself, like a rendered chat: none are put around it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_bare(&self, text: &str) -> Result<Vec<u32>, EngineError> {
+        let encoding = self.inner.encode_fast(text, false);
         Ok(encoding.map_err(|error| self.failed("encode the text", &error))?.get_ids().to_vec())
     }
 

@@ -17,13 +17,13 @@ use crate::models::Source;
 pub fn execute(arguments: &ExportArguments) -> anyhow::Result<ExitCode> {
     let source = Source::new(arguments.model.as_deref());
     let model = source.model()?;
-    let (tokenizer, template) = (source.tokenizer_json()?, source.chat_template()?);
+    let (tokenizer, template) = (source.tokenizer()?.to_json()?, source.chat_template()?);
     let name = arguments.model.as_deref().and_then(|folder| Some(folder.file_name()?.to_string_lossy().into_owned()));
     let settings = ExportSettings {
         format: arguments.format,
         name: name.as_deref(),
-        tokenizer: Some(&tokenizer),
-        chat_template: template.as_deref(),
+        tokenizer: Some(tokenizer.as_bytes()),
+        chat_template: template.as_ref().map(|template| template.source()),
     };
     write_model(&arguments.gguf, &model, &settings)?;
     let bytes = std::fs::metadata(&arguments.gguf).with_context(|| arguments.gguf.display().to_string())?.len();

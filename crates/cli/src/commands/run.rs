@@ -5,9 +5,7 @@ use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use moebius_engine::{
-    Event, GenerationDefaults, GenerationOptions, Generator, SamplingOptions, Summary, TokenExperts, Tokenizer,
-};
+use moebius_engine::{Event, GenerationOptions, Generator, Summary, TokenExperts, Tokenizer};
 use moebius_model::Model;
 
 use crate::arguments::RunArguments;
@@ -21,7 +19,11 @@ use crate::output;
 pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     let source = Source::new(arguments.model.as_deref());
     let prompt = prompt(arguments.prompt.as_deref())?;
-    let options = options(arguments, &source.generation_defaults()?);
+    let options = GenerationOptions {
+        max_tokens: arguments.max_tokens,
+        trace_experts: arguments.show_experts,
+        ..arguments.sampling.options(&source.generation_defaults()?)
+    };
     options.sampling.validate()?;
     let tokenizer = source.tokenizer()?;
     let model = source.model_to_run(arguments.precision.format())?;
@@ -78,25 +80,6 @@ fn read_standard_input() -> anyhow::Result<String> {
         text.pop();
     }
     Ok(text)
-}
-
-/// Flags before the model's own advice before our defaults.
-fn options(arguments: &RunArguments, model: &GenerationDefaults) -> GenerationOptions {
-    GenerationOptions {
-        sampling: SamplingOptions {
-            temperature: arguments.temperature.or(model.temperature).unwrap_or(0.8),
-            top_k: arguments.top_k.or(model.top_k).unwrap_or(0),
-            top_p: arguments.top_p.or(model.top_p).unwrap_or(0.95),
-            min_p: arguments.min_p.or(model.min_p).unwrap_or(0.0),
-            repetition_penalty: arguments.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
-            seed: arguments.seed,
-        },
-        max_tokens: arguments.max_tokens,
-        stop: arguments.stop.clone(),
-        end_tokens: model.end_tokens.clone(),
-        trace_experts: arguments.show_experts,
-        ..GenerationOptions::default()
-    }
 }
 
 /// The last line: speeds and sizes.
