@@ -236,22 +236,20 @@ pub(super) fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at);
+        let (before, tag) = rest.split_at(at + 2);
         out.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            out.push_str(tag);
-            return out;
-        };
-        let inside = &tag[2..end];
+        rest = tag;
+        // Inside a text there may be an opening without a tag, so a tag counts only if it is whole.
+        let Some((inside, behind)) = tag.split_once("%}") else { continue };
         let word = inside.trim_matches(|letter: char| letter.is_whitespace() || letter == '-' || letter == '+');
-        out.push_str("{%");
-        match word {
-            "generation" => out.push_str(&inside.replacen(word, "if true", 1)),
-            "endgeneration" => out.push_str(&inside.replacen(word, "endif", 1)),
-            _ => out.push_str(inside),
-        }
+        let condition = match word {
+            "generation" => "if true",
+            "endgeneration" => "endif",
+            _ => continue,
+        };
+        out.push_str(&inside.replacen(word, condition, 1));
         out.push_str("%}");
-        rest = &tag[end + 2..];
+        rest = behind;
     }
     out.push_str(rest);
     out
