@@ -85,7 +85,7 @@ impl ModelError {
     }
 
     pub(crate) fn config(file: &str, key: &str, message: impl Into<String>) -> Self {
-        Self::Config { file: file.into(), key: key.into(), message: one_line(message.into()) }
+        Self::Config { file: file.into(), key: one_line(key.into()), message: one_line(message.into()) }
     }
 }
 

@@ -148,7 +148,7 @@ fn read_field(reader: &mut Reader) -> Result<Field, ModelError> {
     let start = reader.at;
     match element.size() {
         Some(size) => {
-            let bytes = count.checked_mul(size as u64).unwrap_or(u64::MAX);
+            let bytes = count.saturating_mul(size as u64);
             reader.take(bytes, &format!("the value of `{key}`"))?;
         }
         None => {
