@@ -33,6 +33,8 @@ pub struct Arguments {
 pub enum Command {
     /// Write on from a prompt
     Run(RunArguments),
+    /// Write a model as it runs: in 4 to 16 bits a weight, started without loading
+    Pack(PackArguments),
     /// Train a model by a recipe
     Train(TrainArguments),
     /// Measure loss, perplexity and bits a byte on a text
@@ -138,6 +140,37 @@ pub struct RunArguments {
     /// Print a line for each token (`>` marks the prompt): the experts that each layer chose for it, heaviest first
     #[arg(long)]
     pub show_experts: bool,
+}
+
+const PACK_EXAMPLES: &str = "\
+Examples:
+  moebius pack runs/tiny/model --format q8_0 --out runs/tiny/packed
+  moebius pack model.gguf --out packed       block formats keep their bits
+  moebius run --model packed \"The sea\"
+
+The folder holds the weights in the order in which they are read; running it maps the file into \
+memory, so that it starts at once and several processes share it. It cannot be trained. The \
+embedding and the head are held in at least six bits, matrices whose rows a format's blocks do not divide in bf16.";
+
+/// `moebius pack`.
+#[derive(Debug, Args)]
+#[command(after_help = PACK_EXAMPLES)]
+pub struct PackArguments {
+    /// A folder in Hugging Face's layout, or a GGUF file
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+
+    /// What the weights are held in: stored, f32, bf16, q8_0, q4_0, iq4_nl, mxfp4, q4_k, q6_k
+    #[arg(long, value_name = "FORMAT", default_value_t = RunFormat::AsStored)]
+    pub format: RunFormat,
+
+    /// The folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Write over a folder that holds something already
+    #[arg(long)]
+    pub force: bool,
 }
 
 const TRAIN_EXAMPLES: &str = "\

@@ -47,6 +47,7 @@ fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 fn dispatch(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run(run) => commands::run::execute(run),
+        Command::Pack(pack) => commands::pack::execute(pack),
         Command::Train(train) => commands::train::execute(train),
         Command::Eval(eval) => commands::eval::execute(eval),
         Command::Bench(bench) => commands::bench::execute(bench),

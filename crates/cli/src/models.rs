@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use moebius_engine::{GenerationDefaults, Tokenizer};
-use moebius_model::{Checkpoint, Model, RunFormat};
+use moebius_model::{Checkpoint, Model, RunFormat, packed};
 
 use crate::output::LoadBar;
 
@@ -49,6 +49,14 @@ impl Source {
     /// # Errors
     /// As [`Source::model`].
     pub fn model_to_run(&self, format: RunFormat) -> anyhow::Result<Model> {
+        if let Self::Folder(folder) = self
+            && packed::is_packed(folder)
+        {
+            if format != RunFormat::AsStored {
+                bail!("{}: a packed model runs as it was packed; leave out --weights and --dtype", folder.display());
+            }
+            return Ok(Model::open_packed(folder)?);
+        }
         let checkpoint = self.checkpoint()?;
         let mut bar = LoadBar::new();
         Ok(Model::load_to_run(&checkpoint, format, &mut |progress| bar.show(progress))?)

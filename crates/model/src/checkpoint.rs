@@ -2,11 +2,14 @@
 
 use crate::families::{self, TensorMap};
 use crate::files::Staged;
+use crate::gguf::{GgufFile, GgufModel};
 use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, stage_safetensors};
 use crate::{Model, ModelConfig, ModelError};
+use moebius_kernels::formats::Format;
 use moebius_kernels::memory::Buffer;
 use moebius_tensor::{Param, Tensor};
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -19,16 +22,22 @@ pub struct Checkpoint<'a> {
     config: ModelConfig,
     name: String,
     files: Vec<SafetensorsFile<'a>>,
+    /// The one file that has everything, if it is of that kind.
+    gguf: Option<GgufModel<'a>>,
 }
 
 impl Checkpoint<'static> {
-    /// Opens a folder with `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    /// Opens a folder with `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names,
+    /// or a GGUF file.
     ///
     /// # Errors
     /// What is missing, foreign or broken, by file.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
+        if folder.is_file() {
+            return Self::from_gguf(GgufFile::open(folder)?);
+        }
         if !folder.is_dir() {
-            let message = if folder.exists() { "wanted a folder, found a file" } else { "no such folder" };
+            let message = if folder.exists() { "wanted a folder or a GGUF file" } else { "no such folder or file" };
             return Err(ModelError::file(folder.display().to_string(), message));
         }
         let path = folder.join(CONFIG);
@@ -39,8 +48,12 @@ impl Checkpoint<'static> {
         if index.exists() && !weights.exists() {
             return Self::open_shards(config, folder, &index);
         }
+        if crate::packed::is_packed(folder) && !weights.exists() {
+            let message = "a packed model can only be run; wanted one in Hugging Face's layout, or GGUF";
+            return Err(ModelError::file(folder.display().to_string(), message));
+        }
         let files = vec![SafetensorsFile::open(&weights)?];
-        Ok(Self { config, name: weights.display().to_string(), files })
+        Ok(Self { config, name: weights.display().to_string(), files, gguf: None })
     }
 
     /// Opens the shards of an index, each of which must hold the tensors that the index says.
@@ -57,7 +70,7 @@ impl Checkpoint<'static> {
             }
             files.push(file);
         }
-        Ok(Self { config, name, files })
+        Ok(Self { config, name, files, gguf: None })
     }
 }
 
@@ -69,7 +82,18 @@ impl<'a> Checkpoint<'a> {
     pub fn from_bytes(config: &[u8], weights: &'a [u8]) -> Result<Self, ModelError> {
         let config = families::read_config(config, CONFIG)?;
         let files = vec![SafetensorsFile::from_bytes(WEIGHTS, weights)?];
-        Ok(Self { config, name: WEIGHTS.into(), files })
+        Ok(Self { config, name: WEIGHTS.into(), files, gguf: None })
+    }
+
+    /// A checkpoint that is a GGUF file.
+    ///
+    /// # Errors
+    /// An architecture that is not known, keys missing, out of range or contradictory, or that ask for arithmetic we
+    /// lack.
+    pub fn from_gguf(file: GgufFile<'a>) -> Result<Self, ModelError> {
+        let name = file.name().to_string();
+        let (config, gguf) = GgufModel::new(file)?;
+        Ok(Self { config, name, files: Vec::new(), gguf: Some(gguf) })
     }
 
     /// Its configuration.
@@ -79,6 +103,9 @@ impl<'a> Checkpoint<'a> {
 
     /// The family's tensors, each of which is there, of its shape and of a type that can be read.
     pub(crate) fn checked_maps(&self) -> Result<Vec<TensorMap>, ModelError> {
+        if let Some(gguf) = &self.gguf {
+            return gguf.checked_maps(&self.config);
+        }
         let maps = families::tensors(&self.config);
         self.check_surplus(&maps)?;
         maps.iter().try_for_each(|map| self.check(map))?;
@@ -99,14 +126,32 @@ impl<'a> Checkpoint<'a> {
         let mut values: BTreeMap<String, Buffer<f32>> =
             sizes.into_iter().map(|(param, size)| (param.to_string(), Buffer::scratch(size))).collect();
         for map in &maps {
-            let (view, cols) = (self.find(map)?, map.cols());
+            let (stored, cols) = (self.stored(map)?, map.cols());
             let buffer = values.get_mut(&map.param).expect("made above");
-            view.read_f32(&mut buffer[map.rows.start * cols..map.rows.end * cols])?;
+            stored.format.decode(&stored.bytes, &mut buffer[map.rows.start * cols..map.rows.end * cols]);
         }
         Ok(values.into_iter().map(|(name, data)| (name, Tensor::new(&[data.len()], data))).collect())
     }
 
-    pub(crate) fn find(&self, map: &TensorMap) -> Result<crate::safetensors::TensorView<'_>, ModelError> {
+    /// What is stored of a tensor of [`Checkpoint::checked_maps`].
+    pub(crate) fn stored(&self, map: &TensorMap) -> Result<Stored<'_>, ModelError> {
+        if let Some(gguf) = &self.gguf {
+            return gguf.stored(map, &self.config);
+        }
+        let view = self.find(map)?;
+        let format = match view.dtype {
+            Dtype::F32 => Format::F32,
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::Bf16,
+            other => {
+                let message = format!("wanted F32, F16 or BF16, found {other}");
+                return Err(ModelError::tensor(view.file, view.name, message));
+            }
+        };
+        Ok(Stored { format, bytes: Cow::Borrowed(view.bytes) })
+    }
+
+    fn find(&self, map: &TensorMap) -> Result<crate::safetensors::TensorView<'_>, ModelError> {
         let found = self.files.iter().find_map(|file| file.get(&map.file_name));
         found.ok_or_else(|| {
             let message = format!("missing; wanted shape {:?}", map.file_shape);
@@ -162,6 +207,13 @@ impl<'a> Checkpoint<'a> {
             _ => Ok(()),
         }
     }
+}
+
+/// Rows of weights as a checkpoint holds them.
+pub(crate) struct Stored<'c> {
+    pub(crate) format: Format,
+    /// Whole blocks, row after row; a copy if the file has the rows in another order.
+    pub(crate) bytes: Cow<'c, [u8]>,
 }
 
 /// The shards that an index names, each with its tensors.
@@ -279,7 +331,7 @@ fn stage_folder(
     tensors: &[TensorToWrite],
     stored_as: StoredAs,
 ) -> Result<[Staged; 3], ModelError> {
-    let weights = stage_safetensors(&folder.join(WEIGHTS), tensors)?;
+    let weights = stage_safetensors(&folder.join(WEIGHTS), tensors, 64)?;
     let generation = json!({
         "bos_token_id": config.bos_token,
         "eos_token_id": families::write_config(config, "")["eos_token_id"],

@@ -4,14 +4,15 @@
 //! in a block format. Routers, norms and biases stay f32. Weights are read and packed one matrix at a time, so that
 //! memory holds the packed model and little besides.
 
+use crate::checkpoint::Stored;
 use crate::families::TensorMap;
-use crate::safetensors::{Dtype, TensorView};
 use crate::{Checkpoint, Model, ModelError};
 use moebius_kernels::formats::Format;
 use moebius_kernels::gemm::{Mat, Packed, Precision};
 use moebius_kernels::memory::{Buffer, SharedBytes};
 use moebius_kernels::quantised::{PACKED_FORMATS, QuantisedMatrix, packed_bytes};
 use moebius_tensor::{Frozen, Param, Tensor};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
@@ -217,13 +218,6 @@ struct Weight<'c> {
     cols: usize,
 }
 
-/// Some rows of a stored tensor.
-struct Part<'c> {
-    view: TensorView<'c>,
-    format: Format,
-    bytes: &'c [u8],
-}
-
 impl<'c> Weight<'c> {
     /// Each matrix packed: all in one format, for the products of a layer's experts go together.
     fn matrices(&self, name: &str, shape: &[usize], format: RunFormat) -> Result<Frozen, ModelError> {
@@ -238,9 +232,9 @@ impl<'c> Weight<'c> {
                 let parts = self.parts(rows(index))?;
                 let joined;
                 let bytes = match &parts[..] {
-                    [part] => part.bytes,
+                    [part] => &part.bytes[..],
                     parts => {
-                        joined = parts.iter().map(|part| part.bytes).collect::<Vec<_>>().concat();
+                        joined = parts.iter().map(|part| &part.bytes[..]).collect::<Vec<_>>().concat();
                         &joined
                     }
                 };
@@ -259,17 +253,20 @@ impl<'c> Weight<'c> {
         Ok(first.filter(|&format| parts.iter().all(|part| part.format == format)))
     }
 
-    /// The stored bytes of some rows.
-    fn parts(&self, rows: Range<usize>) -> Result<Vec<Part<'c>>, ModelError> {
+    /// What is stored of some rows.
+    fn parts(&self, rows: Range<usize>) -> Result<Vec<Stored<'c>>, ModelError> {
         let mut parts = Vec::new();
         for map in self.maps {
             let (start, end) = (map.rows.start.max(rows.start), map.rows.end.min(rows.end));
             if start < end {
-                let view = self.checkpoint.find(map)?;
-                let format = stored_format(&view)?;
-                let row_bytes = view.bytes.len() / map.rows.len();
-                let bytes = &view.bytes[(start - map.rows.start) * row_bytes..(end - map.rows.start) * row_bytes];
-                parts.push(Part { view, format, bytes });
+                let Stored { format, bytes } = self.checkpoint.stored(map)?;
+                let row_bytes = bytes.len() / map.rows.len();
+                let range = (start - map.rows.start) * row_bytes..(end - map.rows.start) * row_bytes;
+                let bytes = match bytes {
+                    Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[range]),
+                    Cow::Owned(bytes) => Cow::Owned(bytes[range].to_vec()),
+                };
+                parts.push(Stored { format, bytes });
             }
         }
         Ok(parts)
@@ -278,27 +275,12 @@ impl<'c> Weight<'c> {
     /// Some rows as f32.
     fn decode(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
         let mut done = 0;
-        for Part { view, format, bytes } in self.parts(rows)? {
+        for Stored { format, bytes } in self.parts(rows)? {
             let count = bytes.len() / format.block_bytes() * format.block_len();
-            if done + count > out.len() {
-                return Err(ModelError::tensor(view.file, view.name, format!("more than {} weights", out.len())));
-            }
-            format.decode(bytes, &mut out[done..done + count]);
+            format.decode(&bytes, &mut out[done..done + count]);
             done += count;
         }
         assert_eq!(done, out.len(), "the tensors of a weight make all of it");
         Ok(())
-    }
-}
-
-fn stored_format(view: &TensorView<'_>) -> Result<Format, ModelError> {
-    match view.dtype {
-        Dtype::F32 => Ok(Format::F32),
-        Dtype::F16 => Ok(Format::F16),
-        Dtype::BF16 => Ok(Format::Bf16),
-        other => {
-            let message = format!("wanted F32, F16 or BF16, found {other}");
-            Err(ModelError::tensor(view.file, view.name, message))
-        }
     }
 }

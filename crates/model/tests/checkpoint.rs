@@ -193,7 +193,7 @@ fn broken_configurations_are_named() {
     assert!(load_error(folder.path()).contains("config.json: wanted JSON"));
     std::fs::remove_file(&path).unwrap();
     assert!(load_error(folder.path()).contains("config.json: No such file"));
-    assert!(load_error(&folder.path().join("nowhere")).ends_with("nowhere: no such folder"));
+    assert!(load_error(&folder.path().join("nowhere")).ends_with("nowhere: no such folder or file"));
 }
 
 #[test]

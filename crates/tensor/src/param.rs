@@ -112,6 +112,14 @@ impl Param {
         }
     }
 
+    /// Its matrices, if only products are asked of it.
+    pub fn frozen_matrices(&self) -> Option<&Frozen> {
+        match &self.numbers {
+            Numbers::Dense(_) => None,
+            Numbers::Frozen(matrices) => Some(matrices),
+        }
+    }
+
     /// Whether only products are asked of it.
     pub fn is_frozen(&self) -> bool {
         matches!(self.numbers, Numbers::Frozen(_))

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod check;
 pub mod eval;
 pub mod logits;
+pub mod pack;
 pub mod run;
 pub mod train;
 

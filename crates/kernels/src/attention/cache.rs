@@ -1,12 +1,12 @@
 //! [`LayerCache`]: the keys and values of one sequence in one layer, in the blocks that attention reads.
 //!
 //! A block holds [`KEY_BLOCK`] positions. For each key head: the keys transposed `[head_dim, KEY_BLOCK]`, then the values
-//! `[KEY_BLOCK, head_dim padded]`. Nothing is copied when a token attends; what is held in bf16 is widened block by block.
+//! `[KEY_BLOCK, head_dim padded]`. Nothing is copied when a token attends; what is held in bf16 is widened in registers.
 
 use super::AttentionShape;
+use super::forward::Keys;
 use super::pack::{KEY_BLOCK, padded};
 use crate::memory::Buffer;
-use crate::simd::{LANES, Lanes, Simd};
 use half::bf16;
 
 /// What keys and values are held in.
@@ -100,35 +100,37 @@ impl LayerCache {
         assert_eq!((self.n_kv_heads, self.head_dim), (shape.n_kv_heads, shape.head_dim), "heads of the cache");
     }
 
-    /// The transposed keys and the values of a head in a block; `scratch` takes them when they must be widened.
+    /// The keys and values of a head in a block; the next block of the head is on its way then.
     #[inline(always)]
-    pub(super) fn block<'a, S: Simd>(
-        &'a self,
-        simd: S,
-        block: usize,
-        head: usize,
-        scratch: &'a mut [f32],
-    ) -> (&'a [f32], &'a [f32]) {
-        let Layout { keys, head: len, .. } = self.layout();
-        let part = head * len..(head + 1) * len;
-        let both: &[f32] = match &self.blocks {
-            Blocks::F32(blocks) => &blocks[block][part],
-            Blocks::Bf16(blocks) => {
-                let scratch = &mut scratch[..len];
-                let narrow = blocks[block][part].as_chunks::<LANES>().0;
-                for (wide, narrow) in scratch.as_chunks_mut::<LANES>().0.iter_mut().zip(narrow) {
-                    Lanes { simd, value: simd.load_bf16(narrow) }.store(wide);
-                }
-                scratch
-            }
-        };
-        both.split_at(keys)
+    pub(super) fn block(&self, block: usize, head: usize) -> BlockOf<'_> {
+        match &self.blocks {
+            Blocks::F32(blocks) => BlockOf::F32(self.layout().read(blocks, block, head)),
+            Blocks::Bf16(blocks) => BlockOf::Bf16(self.layout().read(blocks, block, head)),
+        }
     }
 
     fn layout(&self) -> Layout {
         let (keys, values) = (self.head_dim * KEY_BLOCK, KEY_BLOCK * padded(self.head_dim));
         Layout { heads: self.n_kv_heads, head_dim: self.head_dim, keys, head: keys + values }
     }
+}
+
+/// One head's keys and values in a block.
+pub(super) enum BlockOf<'a> {
+    F32(Keys<'a, f32>),
+    Bf16(Keys<'a, u16>),
+}
+
+/// Has the processor bring memory into its second cache while it computes on something else.
+#[inline(always)]
+fn fetch<T>(memory: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in memory.chunks((64 / size_of::<T>()).max(1)) {
+        // SAFETY: a prefetch reads nothing that the program sees.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = memory;
 }
 
 /// Where things are in a block.
@@ -142,6 +144,16 @@ struct Layout {
 }
 
 impl Layout {
+    #[inline(always)]
+    fn read<'a, T: bytemuck::Pod>(&self, blocks: &'a [Buffer<T>], block: usize, head: usize) -> Keys<'a, T> {
+        let part = head * self.head..(head + 1) * self.head;
+        if let Some(next) = blocks.get(block + 1) {
+            fetch(&next[part.clone()]);
+        }
+        let (transposed, values) = blocks[block][part].split_at(self.keys);
+        Keys { start: block * KEY_BLOCK, transposed, values }
+    }
+
     fn write<T: bytemuck::Pod>(
         &self,
         blocks: &mut Vec<Buffer<T>>,

@@ -6,9 +6,9 @@
 //! bits are the same in a whole sequence, in any chunking of it, and row by row.
 
 use super::AttentionShape;
-use super::cache::LayerCache;
+use super::cache::{BlockOf, LayerCache};
 use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
-use super::tile::{Left, Product, Right, TILE_ROWS};
+use super::tile::{Element, Left, Product, Right, TILE_ROWS};
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
@@ -100,12 +100,12 @@ struct Block<'a> {
 }
 
 /// A block of keys and values at positions `start..start + KEY_BLOCK`.
-struct Keys<'a> {
-    start: usize,
+pub(super) struct Keys<'a, E> {
+    pub(super) start: usize,
     /// `[head_dim, KEY_BLOCK]`
-    transposed: &'a [f32],
+    pub(super) transposed: &'a [E],
     /// `[KEY_BLOCK, head_dim]` padded
-    values: &'a [f32],
+    pub(super) values: &'a [E],
 }
 
 impl Kernel for ForwardTask<'_> {
@@ -142,22 +142,19 @@ impl Kernel for ForwardTask<'_> {
         let end = sequence.first_position + task.rows.end;
         let mut start = shape.visible(first).start / KEY_BLOCK * KEY_BLOCK;
         while start < end {
-            let (transposed, values) = match sequence.source {
-                Source::Cache(cache) => cache.block(simd, start / KEY_BLOCK, task.kv_head, key_block),
+            match sequence.source {
+                Source::Cache(cache) => match cache.block(start / KEY_BLOCK, task.kv_head) {
+                    BlockOf::F32(keys) => attend_block(simd, shape, first, &mut block, &keys),
+                    BlockOf::Bf16(keys) => attend_block(simd, shape, first, &mut block, &keys),
+                },
                 Source::Rows { keys, values } => {
                     let present = start..end.min(start + KEY_BLOCK);
                     let (transposed, value_block) = key_block.split_at_mut(KEY_BLOCK * width);
                     transpose_rows(head(keys, shape.key_width(), task.kv_head), present.clone(), transposed);
                     copy_rows(head(values, shape.key_width(), task.kv_head), present, value_block);
-                    (&*transposed, &*value_block)
+                    let keys = Keys { start, transposed: &*transposed, values: &*value_block };
+                    attend_block(simd, shape, first, &mut block, &keys);
                 }
-            };
-            let keys = Keys { start, transposed, values };
-            let mut row = 0;
-            while row < rows {
-                let tile = row..(row + TILE_ROWS).min(rows);
-                attend_tile(simd, shape, tile, first, &mut block, &keys);
-                row += TILE_ROWS;
             }
             start += KEY_BLOCK;
         }
@@ -165,15 +162,30 @@ impl Kernel for ForwardTask<'_> {
     }
 }
 
+/// Takes one block of keys into all stacked rows.
+#[inline(always)]
+fn attend_block<S: Simd, E: Element>(
+    simd: S,
+    shape: &AttentionShape,
+    first_position: usize,
+    block: &mut Block<'_>,
+    keys: &Keys<'_, E>,
+) {
+    let rows = block.sums.len();
+    for row in (0..rows).step_by(TILE_ROWS) {
+        attend_tile(simd, shape, row..(row + TILE_ROWS).min(rows), first_position, block, keys);
+    }
+}
+
 /// Takes one block of keys into up to [`TILE_ROWS`] stacked rows.
 #[inline(always)]
-fn attend_tile<S: Simd>(
+fn attend_tile<S: Simd, E: Element>(
     simd: S,
     shape: &AttentionShape,
     rows: Range<usize>,
     first_position: usize,
     block: &mut Block<'_>,
-    keys: &Keys<'_>,
+    keys: &Keys<'_, E>,
 ) {
     let width = padded(shape.head_dim);
     let mut visible: [Range<usize>; TILE_ROWS] = Default::default();
@@ -295,11 +307,11 @@ fn exponentiate<S: Simd>(
 
 /// `mixed[row] += Σ weights[row][key] * values[key]` over the keys that the row sees, in ascending order.
 #[inline(always)]
-fn mix_values<S: Simd>(
+fn mix_values<S: Simd, E: Element>(
     simd: S,
     visible: &[Range<usize>],
     weights: &[f32],
-    values: &[f32],
+    values: &[E],
     width: usize,
     mixed: &mut [f32],
 ) {

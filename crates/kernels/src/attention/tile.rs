@@ -16,27 +16,47 @@ pub(super) struct Left<'a> {
     pub(super) k_stride: usize,
 }
 
+/// What the right operand is held in.
+pub(super) trait Element: Copy {
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::Vector;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::Vector {
+        simd.load(from)
+    }
+}
+
+/// The bits of a bf16.
+impl Element for u16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::Vector {
+        simd.load_bf16(from)
+    }
+}
+
 /// The right operand: row k stands at `k * stride` and holds `vectors` vectors of 16 columns.
 #[derive(Clone, Copy)]
-pub(super) struct Right<'a> {
-    pub(super) data: &'a [f32],
+pub(super) struct Right<'a, E> {
+    pub(super) data: &'a [E],
     pub(super) stride: usize,
     pub(super) vectors: usize,
 }
 
 /// `C = A B`, or `C += A B` when `accumulate`.
-pub(super) struct Product<'a> {
+pub(super) struct Product<'a, E> {
     pub(super) rows: usize,
     /// Products an element.
     pub(super) depth: usize,
     pub(super) a: Left<'a>,
-    pub(super) b: Right<'a>,
+    pub(super) b: Right<'a, E>,
     pub(super) c: &'a mut [f32],
     pub(super) c_stride: usize,
     pub(super) accumulate: bool,
 }
 
-impl Kernel for Product<'_> {
+impl<E: Element> Kernel for Product<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -93,10 +113,10 @@ impl Kernel for Product<'_> {
 }
 
 /// One register tile's corner of A, B and C.
-struct Tile {
+struct Tile<E> {
     a: *const f32,
     a_strides: [usize; 2],
-    b: *const f32,
+    b: *const E,
     b_stride: usize,
     c: *mut f32,
     c_stride: usize,
@@ -104,7 +124,7 @@ struct Tile {
     accumulate: bool,
 }
 
-impl Tile {
+impl<E: Element> Tile<E> {
     /// Computes R rows by V vectors; returns V.
     ///
     /// # Safety
@@ -126,7 +146,7 @@ impl Tile {
             for _ in 0..self.depth {
                 let mut columns = [simd.splat(0.0); V];
                 for (v, column) in columns.iter_mut().enumerate() {
-                    *column = simd.load(&*b.add(v * LANES).cast());
+                    *column = E::load(simd, &*b.add(v * LANES).cast());
                 }
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let factor = simd.splat(*a.add(r * row_stride));

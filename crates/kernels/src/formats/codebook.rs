@@ -94,7 +94,8 @@ impl BlockFormat for Mxfp4 {
     const NAME: &'static str = "mxfp4";
     const LEN: usize = LEN;
     const BYTES: usize = 1 + 16;
-    const LARGEST: f32 = f32::MAX;
+    /// Three quarters of 2^128: larger ones might be read as infinity.
+    const LARGEST: f32 = 1.5 * f32::from_bits(254 << 23);
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {

@@ -37,6 +37,13 @@ pub(super) fn round_to_f16(value: f32) -> f32 {
     f16_to_f32(nearest_f16(value))
 }
 
+/// As [`nearest_f16`], but zero only for zero: with the least scale there is, more codes than none can be told apart.
+#[inline(always)]
+pub(super) fn nearest_scale(value: f32) -> u16 {
+    let bits = nearest_f16(value);
+    if bits & 0x7fff == 0 && value != 0.0 { bits | 1 } else { bits }
+}
+
 /// The bits of the nearest bf16, ties to even, of a finite number.
 #[inline(always)]
 pub(super) fn f32_to_bf16(value: f32) -> u16 {

@@ -8,7 +8,7 @@
 //!
 //! Every number counts alike. llama.cpp's search weighs large numbers more, which costs squared error.
 
-use super::numbers::{f16_to_f32, nearest_f16, round_to_f16};
+use super::numbers::{f16_to_f32, nearest_scale, round_to_f16};
 use crate::simd::{LANES, Lanes, Simd};
 
 /// One candidate in each lane.
@@ -184,10 +184,10 @@ pub(super) fn search_scale<S: Simd, C: CodeSet>(simd: S, codes: C, x: &[f32]) ->
     let plain = extreme(x) / C::TARGETS[0][0];
     let scales = std::array::from_fn(|i| match i {
         0 => round_to_f16(plain),
-        _ => round_to_f16(fitted * (1.0 + 0.003 * (i as f32 - 8.0))),
+        _ => f16_to_f32(nearest_scale(fitted * (1.0 + 0.003 * (i as f32 - 8.0)))),
     });
     let (best, _) = least(&errors(simd, codes, x, &scales));
-    nearest_f16(scales[best])
+    nearest_scale(scales[best])
 }
 
 /// The codes of `x` under a scale.
@@ -226,7 +226,7 @@ pub(super) fn search_scaled<const N: usize, S: Simd, C: CodeSet>(
     for (fitted, x) in fitted.iter_mut().zip(x.chunks_exact(len)) {
         *fitted = fit_scale(simd, codes, x);
     }
-    let mut d = nearest_f16(extreme(&fitted) / lowest);
+    let mut d = nearest_scale(extreme(&fitted) / lowest);
     let (mut best_error, mut best) = (f32::INFINITY, ScaledBlock { d: 0, scales: [0; N] });
     for _ in 0..ROUNDS {
         let scale = f16_to_f32(d);
@@ -243,10 +243,10 @@ pub(super) fn search_scaled<const N: usize, S: Simd, C: CodeSet>(
         if error < best_error {
             (best_error, best) = (error, chosen);
         }
-        if sums.1 <= 0.0 || nearest_f16(sums.0 / sums.1) == d {
+        if sums.1 <= 0.0 || nearest_scale(sums.0 / sums.1) == d {
             break;
         }
-        d = nearest_f16(sums.0 / sums.1);
+        d = nearest_scale(sums.0 / sums.1);
     }
     best
 }

@@ -1,6 +1,6 @@
 //! The search for a scale and a least number: `x` is written as `scale * code + least`, codes `0..=highest`.
 
-use super::numbers::{f16_to_f32, nearest_f16, round_to_f16};
+use super::numbers::{f16_to_f32, nearest_f16, nearest_scale, round_to_f16};
 use super::search::{Candidates, CodeSet, Whole, inverse, least};
 use crate::simd::{LANES, Lanes, Simd};
 
@@ -121,11 +121,11 @@ pub(super) fn search_line<const HIGHEST: i32, S: Simd>(simd: S, x: &[f32], codes
                 (scale, fitted.least + middle + turn + fitted.scale * 0.12 * ((i % 4) as f32 - 1.5))
             }
         };
-        Line { scale: round_to_f16(scale), least: round_to_f16(least) }
+        Line { scale: f16_to_f32(nearest_scale(scale)), least: round_to_f16(least) }
     });
     let (best, _) = least(&line_errors::<HIGHEST, S>(simd, x, &lines));
     write_line_codes::<HIGHEST, S>(simd, x, lines[best], codes);
-    (nearest_f16(lines[best].scale), nearest_f16(lines[best].least))
+    (nearest_scale(lines[best].scale), nearest_f16(lines[best].least))
 }
 
 /// A block of `N` parts, each with a scale and a least number of few bits: `d * scale * code - d_least * least`.
@@ -164,7 +164,7 @@ pub(super) fn search_lines<const N: usize, const HIGHEST: i32, S: Simd>(
         *fitted = fit_line::<HIGHEST, S>(simd, x, true);
     }
     let largest = |of: fn(&Line) -> f32| fitted.iter().map(of).fold(0.0, f32::max) / highest_scale;
-    let mut units = (nearest_f16(largest(|line| line.scale)), nearest_f16(largest(|line| -line.least)));
+    let mut units = (nearest_scale(largest(|line| line.scale)), nearest_scale(largest(|line| -line.least)));
     let (mut best_error, mut best) = (f32::INFINITY, None);
     for _ in 0..ROUNDS {
         let (chosen, error) = choose_parts::<N, HIGHEST, S>(simd, x, &fitted, units, highest_scale);
@@ -244,5 +244,5 @@ fn refit<const N: usize, const HIGHEST: i32, S: Simd>(simd: S, x: &[f32], block:
     } else {
         return (block.d, block.d_least);
     };
-    (nearest_f16(d.max(0.0) as f32), nearest_f16(d_least.max(0.0) as f32))
+    (nearest_scale(d.max(0.0) as f32), nearest_scale(d_least.max(0.0) as f32))
 }

@@ -127,3 +127,98 @@ fn errors_are_no_larger_than_the_references() {
     }
     assert!(compared > 100);
 }
+
+#[test]
+fn encoding_gives_the_same_bits_everywhere() {
+    let values: Vec<f32> = floats(&fixture("values.bin")).into_iter().cycle().take(3 * RUN + 512).collect();
+    for &format in Format::all() {
+        let wanted = encoded(format, Isa::Portable, &values);
+        for isa in Isa::available() {
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert!(
+                    pool.install(|| encoded(format, isa, &values)) == wanted,
+                    "{format}, {isa:?}, {threads} threads"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_read_is_written_again_without_error() {
+    // Numbers that a format can hold exactly; zero among them, and blocks of nothing else.
+    for &format in Format::all() {
+        let mut exact = vec![0.0; 512];
+        if format == Format::MXFP4 {
+            exact[..256].iter_mut().enumerate().for_each(|(i, x)| *x = [0.5, -1.5, 6.0, -4.0, 0.0][i % 5]);
+        } else if [Format::IQ4_NL, Format::IQ4_XS].contains(&format) {
+            exact[..256].iter_mut().enumerate().for_each(|(i, x)| *x = [-127., 113., 1., -35., 89.][i % 5] / 64.0);
+        } else {
+            exact[..256].iter_mut().enumerate().for_each(|(i, x)| *x = [-0.25, 0.0][i % 3 / 2]);
+        }
+        let mut found = vec![7.0; 512];
+        format.decode(&encoded(format, Isa::current(), &exact), &mut found);
+        let largest = found.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // A scale in f16 may have to be rounded.
+        assert!(largest <= 1e-3 * exact.iter().fold(0.0, |m, x| x.abs().max(m)), "{format}: {largest}");
+        assert!(found[256..].iter().all(|&x| x == 0.0), "{format}");
+    }
+}
+
+#[test]
+fn the_largest_numbers_stay_finite_and_near() {
+    for &format in lossy() {
+        let largest = format.entry().largest;
+        for mixed in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [0.3, -1.0], [1.0, -0.01], [0.001, 0.0]] {
+            let values: Vec<f32> = (0..256).map(|i| mixed[i % 2] * largest).collect();
+            let mut found = vec![0.0; 256];
+            format.decode(&encoded(format, Isa::current(), &values), &mut found);
+            let scale = values.iter().fold(0.0, |m: f32, x| x.abs().max(m));
+            let far = found.iter().zip(&values).map(|(a, b)| (a / scale - b / scale).abs()).fold(0.0, f32::max);
+            assert!(far < 0.51, "{format} of {mixed:?} x {largest:e}: off by {far}");
+        }
+    }
+}
+
+#[test]
+fn the_smallest_numbers_are_no_worse_than_zeros() {
+    for &format in lossy() {
+        for size in [f32::from_bits(1), 1e-40, 1e-30, 1e-20, 1e-12, 5e-8, 1e-6] {
+            let values: Vec<f32> = crate::testing::numbers(3, 256).iter().map(|x| x * size).collect();
+            let (found, zeros) = (error(format, &values), values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>());
+            assert!(found <= zeros, "{format} {size:e}: {found:e} of {zeros:e}");
+            // Exponents of eight bits reach further than f16.
+            let near = if format == Format::MXFP4 { size > 1e-37 } else { size > 9e-7 };
+            assert!(!near || found < 0.2 * zeros, "{format} {size:e}: {found:e} of {zeros:e}");
+        }
+    }
+}
+
+#[test]
+fn numbers_that_cannot_be_written_are_named() {
+    for &format in Format::all() {
+        let mut values = vec![0.25; 3 * RUN];
+        let mut out = vec![0; format.bytes_of(values.len()).unwrap()];
+        values[2 * RUN + 5] = f32::NEG_INFINITY;
+        values[RUN + 700] = f32::NAN;
+        let Err(error) = format.encode(&values, &mut out) else { panic!("{format} took NaN") };
+        assert_eq!(error.to_string(), format!("wanted finite numbers, found NaN at element {}", RUN + 700));
+        values[RUN + 700] = 0.0;
+        let error = format.encode(&values, &mut out).unwrap_err();
+        assert_eq!(error, EncodeError::NotFinite { index: 2 * RUN + 5, value: f32::NEG_INFINITY });
+        values.truncate(RUN + 1);
+        if format.block_len() > 1 {
+            let error = format.encode(&values, &mut out).unwrap_err().to_string();
+            assert_eq!(error, format!("{format} wants a multiple of {} numbers, found 8193", format.block_len()));
+        }
+        assert!(format.can_encode());
+    }
+    let error = Format::F16.encode(&[1.0, -65_520.0], &mut [0; 4]).unwrap_err();
+    assert_eq!(error.to_string(), "f16 holds magnitudes up to 6.5519996e4, found -6.552e4 at element 1");
+    let error = Format::Bf16.encode(&[f32::MAX], &mut [0; 2]).unwrap_err();
+    assert!(matches!(error, EncodeError::TooLarge { index: 0, .. }));
+    let mut bytes = [0; 8];
+    Format::Bf16.encode(&[1.0, -f32::from_bits(0x7f7f_7fff), 1.003_906_3, 1.011_718_8], &mut bytes).unwrap();
+    assert_eq!(bytes, [0x80, 0x3f, 0x7f, 0xff, 0x80, 0x3f, 0x82, 0x3f]);
+}

@@ -135,8 +135,13 @@ impl Packed {
         }
     }
 
-    /// The panels' words, to be saved; in a file they are little-endian.
-    pub fn words(&self) -> &[u32] {
+    /// The panels as bytes, to be saved, in the order of a little-endian machine.
+    pub fn content(&self) -> &[u8] {
+        bytemuck::cast_slice(self.words())
+    }
+
+    /// The panels' words.
+    pub(super) fn words(&self) -> &[u32] {
         match &self.words {
             Words::Own(words) => words,
             Words::Shared(bytes) => bytemuck::cast_slice(bytes),

@@ -14,9 +14,10 @@ use crate::ModelError;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use header::Entry;
-use moebius_kernels::memory::{Buffer, MappedFile};
+use moebius_kernels::memory::{Buffer, MappedFile, SharedBytes};
 use std::borrow::Cow;
 use std::path::Path;
+use std::sync::Arc;
 
 /// An open file: the checked header and the bytes.
 pub struct SafetensorsFile<'a> {
@@ -29,7 +30,7 @@ pub struct SafetensorsFile<'a> {
 }
 
 enum Bytes<'a> {
-    Mapped(MappedFile),
+    Mapped(Arc<MappedFile>),
     Borrowed(Cow<'a, [u8]>),
 }
 
@@ -55,7 +56,7 @@ impl SafetensorsFile<'static> {
     /// What the system says, or what is wrong with the header.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let mapped = MappedFile::open(path).map_err(ModelError::io(path))?;
-        Self::new(path.display().to_string(), Bytes::Mapped(mapped))
+        Self::new(path.display().to_string(), Bytes::Mapped(Arc::new(mapped)))
     }
 }
 
@@ -97,6 +98,14 @@ impl<'a> SafetensorsFile<'a> {
     /// That it is missing.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
         self.get(name).ok_or_else(|| ModelError::tensor(&self.name, name, "missing"))
+    }
+
+    /// A tensor's bytes, to be held on their own; none if the file is not mapped or has no such tensor.
+    pub fn shared(&self, name: &str) -> Option<SharedBytes> {
+        let Bytes::Mapped(map) = &self.bytes else { return None };
+        let place = self.by_name.binary_search_by_key(&name, |&place| &self.entries[place].name).ok()?;
+        let bytes = &self.entries[self.by_name[place]].bytes;
+        SharedBytes::of_file(map, self.data_start + bytes.start..self.data_start + bytes.end)
     }
 
     fn view<'f>(&'f self, entry: &'f Entry) -> TensorView<'f> {

@@ -34,6 +34,8 @@ pub enum TensorData<'a> {
     /// As [`TensorData::BF16`], but made while they are written: the function fills the numbers from a place on. As many
     /// as the tensor's shape says.
     MadeBF16(&'a dyn Fn(usize, &mut [f32])),
+    /// Bytes, piece after piece.
+    Bytes(Vec<&'a [u8]>),
 }
 
 /// Numbers that are made at a time.
@@ -47,6 +49,7 @@ impl TensorData<'_> {
             Self::I64(_) => Dtype::I64,
             Self::U32(_) => Dtype::U32,
             Self::I32(_) => Dtype::I32,
+            Self::Bytes(_) => Dtype::U8,
         }
     }
 
@@ -58,6 +61,7 @@ impl TensorData<'_> {
             Self::U32(data) => Some(data.len()),
             Self::I32(data) => Some(data.len()),
             Self::MadeBF16(_) => None,
+            Self::Bytes(pieces) => Some(pieces.iter().map(|piece| piece.len()).sum()),
         }
     }
 
@@ -69,6 +73,7 @@ impl TensorData<'_> {
             Self::I64(data) => write_each(out, data, |x| x.to_le_bytes()),
             Self::U32(data) => write_each(out, data, |x| x.to_le_bytes()),
             Self::I32(data) => write_each(out, data, |x| x.to_le_bytes()),
+            Self::Bytes(pieces) => pieces.iter().try_for_each(|piece| out.write_all(piece)),
             Self::MadeBF16(make) => {
                 let mut numbers = Buffer::<f32>::scratch(len.min(MADE_AT_ONCE));
                 for first in (0..len).step_by(MADE_AT_ONCE) {
@@ -117,11 +122,11 @@ impl<'a> TensorToWrite<'a> {
 /// # Panics
 /// If a tensor's shape and number of elements differ, or two have one name.
 pub fn write_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Result<(), ModelError> {
-    stage_safetensors(path, tensors)?.publish()
+    stage_safetensors(path, tensors, 64)?.publish()
 }
 
-/// As [`write_safetensors`], without putting the file in its place yet.
-pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Result<Staged, ModelError> {
+/// As [`write_safetensors`], the data from a multiple of `border` on, without putting the file in its place yet.
+pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite], border: usize) -> Result<Staged, ModelError> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut end = 0;
@@ -134,7 +139,7 @@ pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Resul
         assert!(header.insert(name.clone(), entry).is_none(), "{name}: written twice");
     }
     let mut header = serde_json::to_vec(&header).expect("a header of texts and numbers");
-    header.resize((8 + header.len()).next_multiple_of(64) - 8, b' ');
+    header.resize((8 + header.len()).next_multiple_of(border) - 8, b' ');
     Staged::new(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;

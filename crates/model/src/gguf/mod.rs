@@ -1,0 +1,173 @@
+//! GGUF, llama.cpp's file format (ggml's `docs/gguf.md`): typed metadata, a table of tensors, their bytes.
+//!
+//! Files come from anyone, so every count, length, offset and type is checked against the file before it is used, and
+//! errors name file and key or tensor. Nothing but the tables is read when a file is opened; arrays of the metadata and
+//! the tensors' bytes are where the file is mapped.
+
+mod architecture;
+mod export;
+mod header;
+mod metadata;
+mod model;
+mod vocabulary;
+mod write;
+
+pub use export::{ExportSettings, write_model};
+pub use metadata::{Array, Metadata, Value};
+pub(crate) use model::GgufModel;
+pub use write::{MetadataToWrite, ValueToWrite, Values, WeightToWrite, write_gguf};
+
+use crate::ModelError;
+use header::{Entry, Header};
+use moebius_kernels::formats::Format;
+use moebius_kernels::memory::MappedFile;
+use std::borrow::Cow;
+use std::path::Path;
+
+/// What every file begins with.
+const MAGIC: &[u8; 4] = b"GGUF";
+/// Where tensors begin, if the file does not say otherwise.
+const ALIGNMENT: usize = 32;
+/// The key with which it does.
+const ALIGNMENT_KEY: &str = "general.alignment";
+
+/// The formats and the numbers that ggml gives them (`enum ggml_type`).
+const TYPES: [(u32, Format); 16] = [
+    (0, Format::F32),
+    (1, Format::F16),
+    (2, Format::Q4_0),
+    (3, Format::Q4_1),
+    (6, Format::Q5_0),
+    (7, Format::Q5_1),
+    (8, Format::Q8_0),
+    (10, Format::Q2_K),
+    (11, Format::Q3_K),
+    (12, Format::Q4_K),
+    (13, Format::Q5_K),
+    (14, Format::Q6_K),
+    (20, Format::IQ4_NL),
+    (23, Format::IQ4_XS),
+    (30, Format::Bf16),
+    (39, Format::MXFP4),
+];
+
+/// An open file: the checked tables and the bytes.
+pub struct GgufFile<'a> {
+    name: String,
+    bytes: Bytes<'a>,
+    header: Header,
+    /// Places in the header's tensors, in the order of names.
+    by_name: Vec<usize>,
+}
+
+enum Bytes<'a> {
+    Mapped(MappedFile),
+    Borrowed(Cow<'a, [u8]>),
+}
+
+/// One tensor of a file.
+#[derive(Clone, Copy, Debug)]
+pub struct GgufTensor<'f> {
+    /// The file's name, for errors.
+    pub file: &'f str,
+    /// The tensor's name.
+    pub name: &'f str,
+    /// How its numbers are stored.
+    pub format: Format,
+    /// Lengths of the dimensions, rows before columns (the reverse of ggml's order).
+    pub shape: &'f [usize],
+    /// Whole blocks, row by row.
+    pub bytes: &'f [u8],
+}
+
+impl GgufFile<'static> {
+    /// Maps a file and checks its tables.
+    ///
+    /// # Errors
+    /// What the system says, or what is wrong with the tables.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let mapped = MappedFile::open(path).map_err(ModelError::io(path))?;
+        Self::new(path.display().to_string(), Bytes::Mapped(mapped))
+    }
+}
+
+impl<'a> GgufFile<'a> {
+    /// Checks bytes in memory; `name` stands in errors.
+    ///
+    /// # Errors
+    /// What is wrong with the tables.
+    pub fn from_bytes(name: &str, bytes: impl Into<Cow<'a, [u8]>>) -> Result<Self, ModelError> {
+        Self::new(name.into(), Bytes::Borrowed(bytes.into()))
+    }
+
+    fn new(name: String, bytes: Bytes<'a>) -> Result<Self, ModelError> {
+        let header = header::read(&name, bytes.get())?;
+        let mut by_name: Vec<usize> = (0..header.tensors.len()).collect();
+        by_name.sort_unstable_by_key(|&place| &header.tensors[place].name);
+        Ok(Self { name, bytes, header, by_name })
+    }
+
+    /// The file's name, for errors.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the file says about itself.
+    pub fn metadata(&self) -> Metadata<'_> {
+        Metadata::new(&self.name, self.bytes.get(), &self.header.fields)
+    }
+
+    /// All tensors, in the order of their bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = GgufTensor<'_>> {
+        self.header.tensors.iter().map(|entry| self.view(entry))
+    }
+
+    /// A tensor by name.
+    pub fn get(&self, name: &str) -> Option<GgufTensor<'_>> {
+        let tensors = &self.header.tensors;
+        let place = self.by_name.binary_search_by_key(&name, |&place| &tensors[place].name).ok()?;
+        Some(self.view(&tensors[self.by_name[place]]))
+    }
+
+    fn view<'f>(&'f self, entry: &'f Entry) -> GgufTensor<'f> {
+        let bytes = &self.bytes.get()[entry.bytes.clone()];
+        GgufTensor { file: &self.name, name: &entry.name, format: entry.format, shape: &entry.shape, bytes }
+    }
+}
+
+impl Bytes<'_> {
+    fn get(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Borrowed(bytes) => bytes,
+        }
+    }
+}
+
+impl<'f> GgufTensor<'f> {
+    /// Numbers of a row: the last dimension.
+    pub fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// The bytes of `count` rows from row `first` on, counted over all dimensions but the last.
+    ///
+    /// # Panics
+    /// If there are fewer rows.
+    pub fn rows(&self, first: usize, count: usize) -> &'f [u8] {
+        // Rows are whole blocks: the tables were checked.
+        let row = self.format.bytes_of(self.columns()).expect("rows of whole blocks");
+        &self.bytes[first * row..(first + count) * row]
+    }
+
+    /// All numbers as f32, into `out`.
+    ///
+    /// # Panics
+    /// If `out` has another length.
+    pub fn read_f32(&self, out: &mut [f32]) {
+        self.format.decode(self.bytes, out);
+    }
+}
+
+#[cfg(test)]
+mod tests;
