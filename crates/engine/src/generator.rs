@@ -296,7 +296,7 @@ impl Run<'_, '_> {
 mod tests {
     use super::*;
     use crate::testing::byte_level;
-    use moebius_model::{Ffn, ModelConfig};
+    use moebius_model::{Ffn, ModelConfig, QkNorm};
 
     /// A model of the byte tokenizer's 257 tokens with a context of 48.
     fn model() -> Model {
@@ -313,6 +313,7 @@ mod tests {
             rms_eps: 1e-5,
             window: None,
             tie_embeddings: false,
+            qk_norm: QkNorm::None,
             ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 24, renormalise: true },
             router_aux_loss_coef: 0.0,
             bos_token: None,

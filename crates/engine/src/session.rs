@@ -1,6 +1,7 @@
 //! A model in the middle of one sequence: what it has read, and the logits that follow.
 
 use moebius_kernels::gemm::Precision;
+use moebius_kernels::parallel::with_team;
 use moebius_model::{Batch, KvCache, Model, Observer};
 use moebius_tensor::{Graph, Tensor, Var};
 
@@ -72,6 +73,17 @@ impl<'m> Session<'m> {
         if tokens.iter().any(|tokens| tokens.is_empty()) {
             return Err(EngineError::EmptyPrompt);
         }
+        with_team(|| Self::read_awake(model, precision, sessions, tokens, observer))
+    }
+
+    /// [`Session::read_together`] with checked arguments and the pool's threads awake.
+    fn read_awake(
+        model: &'m Model,
+        precision: Precision,
+        sessions: &mut [&mut Session<'m>],
+        tokens: &[&[u32]],
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
         let parts: Vec<(&[u32], usize)> =
             tokens.iter().zip(sessions.iter()).map(|(&tokens, session)| (tokens, session.position())).collect();
         let batch = Batch::continuing_together(&parts);

@@ -3,11 +3,15 @@
 //! Each body owns its index: it writes only what belongs to that index, and no two share a sum. Which thread takes
 //! which index is left to chance; the bits are not.
 
+mod team;
+
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::isa;
+
+pub use team::with_team;
 
 /// How many threads the current pool has.
 pub fn threads() -> usize {
@@ -36,6 +40,9 @@ pub fn for_each_index(count: usize, serial_count: usize, body: impl Fn(usize) + 
             }
         });
     };
+    if team::share(&work) {
+        return;
+    }
     rayon::scope(|scope| {
         for _ in 1..workers {
             scope.spawn(|_| work());

@@ -8,7 +8,7 @@
 
 use moebius_kernels::formats::Format;
 use moebius_model::gguf::{ExportSettings, GgufFile, Value, write_model};
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError, QkNorm};
 use moebius_tensor::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -94,6 +94,7 @@ fn sound(ffn: Ffn, format: Format) -> (Vec<u8>, usize) {
         rms_eps: 1e-5,
         window: None,
         tie_embeddings: moe,
+        qk_norm: QkNorm::None,
         ffn,
         router_aux_loss_coef: 0.0,
         bos_token: Some(0),

@@ -18,6 +18,8 @@ pub(crate) struct Attention {
     pub(crate) v: Param,
     /// `[hidden, n_heads * head_dim]`.
     pub(crate) o: Param,
+    /// The norms' weights of queries and keys, if they are normed.
+    pub(crate) norms: Option<[Param; 2]>,
 }
 
 /// What all layers' attention has in common.
@@ -25,6 +27,8 @@ pub(crate) struct Attention {
 pub(crate) struct AttentionPlan {
     shape: AttentionShape,
     rope: RotaryAngles,
+    /// Added to the mean square in the norms of queries and keys.
+    eps: f32,
 }
 
 /// The rotations of as many positions as were asked for so far: a context may be of millions.
@@ -61,7 +65,7 @@ impl AttentionPlan {
             scale: (config.head_dim as f32).powf(-0.5),
             window: config.window,
         };
-        Self { shape, rope: RotaryAngles::new(config) }
+        Self { shape, rope: RotaryAngles::new(config), eps: config.rms_eps as f32 }
     }
 }
 
@@ -81,8 +85,11 @@ impl Attention {
         let shape = &plan.shape;
         let table = plan.rope.covering(batch.positions.iter().max().map_or(0, |&last| last as usize + 1));
         let rotate = |x: Var, heads| ops::rope(g, &x, heads, shape.head_dim, &batch.positions, &table);
-        let q = rotate(ops::linear(g, x, &self.q)?, shape.n_heads)?;
-        let k = rotate(ops::linear(g, x, &self.k)?, shape.n_kv_heads)?;
+        let (mut q, mut k) = (ops::linear(g, x, &self.q)?, ops::linear(g, x, &self.k)?);
+        if let Some([q_norm, k_norm]) = &self.norms {
+            (q, k) = (ops::rms_norm(g, &q, q_norm, plan.eps)?, ops::rms_norm(g, &k, k_norm, plan.eps)?);
+        }
+        let (q, k) = (rotate(q, shape.n_heads)?, rotate(k, shape.n_kv_heads)?);
         let v = ops::linear(g, x, &self.v)?;
         let attended = match caches {
             None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,
@@ -91,12 +98,13 @@ impl Attention {
         Ok(ops::linear(g, &attended, &self.o)?)
     }
 
-    pub(crate) fn params(&self) -> [&Param; 4] {
-        [&self.q, &self.k, &self.v, &self.o]
+    pub(crate) fn params(&self) -> impl Iterator<Item = &Param> {
+        [&self.q, &self.k, &self.v, &self.o].into_iter().chain(self.norms.iter().flatten())
     }
 
-    pub(crate) fn params_mut(&mut self) -> [&mut Param; 4] {
-        [&mut self.q, &mut self.k, &mut self.v, &mut self.o]
+    pub(crate) fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
+        let Self { q, k, v, o, norms } = self;
+        [q, k, v, o].into_iter().chain(norms.iter_mut().flatten())
     }
 }
 

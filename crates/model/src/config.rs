@@ -27,6 +27,8 @@ pub struct ModelConfig {
     pub window: Option<usize>,
     /// Whether the output projection is the embedding.
     pub tie_embeddings: bool,
+    /// The norm of queries and keys before their rotation.
+    pub qk_norm: QkNorm,
     /// The feed-forward part of every layer.
     pub ffn: Ffn,
     /// Weight of the load-balancing loss in training.
@@ -35,6 +37,29 @@ pub struct ModelConfig {
     pub bos_token: Option<u32>,
     /// The tokens that end a text.
     pub eos_tokens: Vec<u32>,
+}
+
+/// RMSNorm of queries and keys, between their projection and their rotation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None.
+    #[default]
+    None,
+    /// Each head by itself, all with the same weights (Qwen3).
+    Head,
+    /// All heads together (OLMoE).
+    Projection,
+}
+
+impl QkNorm {
+    /// The numbers that are normed together, which is the length of the weights.
+    pub fn width(self, n_heads: usize, head_dim: usize) -> Option<usize> {
+        match self {
+            Self::None => None,
+            Self::Head => Some(head_dim),
+            Self::Projection => Some(n_heads * head_dim),
+        }
+    }
 }
 
 /// The feed-forward part of a layer.

@@ -171,6 +171,7 @@ mod tests {
             rms_eps: 1e-5,
             window,
             tie_embeddings,
+            qk_norm: crate::QkNorm::None,
             ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 32, renormalise: true },
             router_aux_loss_coef: 0.0,
             bos_token: None,

@@ -97,6 +97,7 @@ impl Model {
                     k: param("attention.k", &[keys, hidden])?,
                     v: param("attention.v", &[keys, hidden])?,
                     o: param("attention.o", &[hidden, queries])?,
+                    norms: build_norms(config, &mut param)?,
                 },
                 ffn_norm: param("ffn_norm", &[hidden])?,
                 ffn: build_feed_forward(config, &mut param)?,
@@ -242,6 +243,15 @@ impl Model {
     /// If `hidden` has another width.
     pub fn logits<'p>(&'p self, g: &Graph<'p>, hidden: &Var) -> Var {
         ops::linear(g, hidden, self.head()).expect("hidden states of this model")
+    }
+}
+
+/// The norms of queries and keys, if the model has them.
+fn build_norms(config: &ModelConfig, param: &mut Make<'_, Param>) -> Result<Option<[Param; 2]>, ModelError> {
+    let width = |heads| config.qk_norm.width(heads, config.head_dim);
+    match (width(config.n_heads), width(config.n_kv_heads)) {
+        (Some(q), Some(k)) => Ok(Some([param("attention.q_norm", &[q])?, param("attention.k_norm", &[k])?])),
+        _ => Ok(None),
     }
 }
 

@@ -28,7 +28,7 @@ pub mod shapes;
 pub use batch::Batch;
 pub use cache::KvCache;
 pub use checkpoint::{Checkpoint, named_tensors, save_model};
-pub use config::{Ffn, ModelConfig};
+pub use config::{Ffn, ModelConfig, QkNorm};
 pub use cost::{Cost, ExpertUse};
 pub use decoder::{Model, ParameterCount};
 pub use error::ModelError;

@@ -3,19 +3,18 @@
 use crate::checkpoint::{StoredAs, save_tensors};
 use crate::running::{is_matrix, pack_matrices};
 use crate::safetensors::{TensorData, TensorToWrite};
-use crate::{Ffn, Model, ModelConfig, ModelError, RunFormat, families};
+use crate::{Ffn, Model, ModelConfig, ModelError, QkNorm, RunFormat, families};
 use moebius_kernels::parallel;
 use moebius_tensor::{Param, Tensor};
 use std::ops::Range;
 use std::path::Path;
 
-/// A published model's sizes. Rotary base, norms and routing are the family's; what differs from Llama in its attention
-/// is not held here.
+/// A published model's sizes.
 struct PublishedShape {
     name: &'static str,
-    /// The family that [`ModelConfig::family`] names. OLMoE and Qwen3 have norms of queries and keys as well, a few
-    /// thousandths of the time; until their families are known here, the closest that is stands in for them.
+    /// The family that [`ModelConfig::family`] names.
     family: &'static str,
+    qk_norm: QkNorm,
     layers: usize,
     hidden: usize,
     heads: [usize; 2],
@@ -35,7 +34,8 @@ const MAX_POSITIONS: usize = 1 << 15;
 const PUBLISHED: [PublishedShape; 3] = [
     PublishedShape {
         name: "olmoe-1b-7b",
-        family: "mixtral",
+        family: "olmoe",
+        qk_norm: QkNorm::Projection,
         layers: 16,
         hidden: 2048,
         heads: [16, 16],
@@ -47,7 +47,8 @@ const PUBLISHED: [PublishedShape; 3] = [
     },
     PublishedShape {
         name: "qwen3-30b-a3b",
-        family: "mixtral",
+        family: "qwen3_moe",
+        qk_norm: QkNorm::Head,
         layers: 48,
         hidden: 2048,
         heads: [32, 4],
@@ -60,6 +61,7 @@ const PUBLISHED: [PublishedShape; 3] = [
     PublishedShape {
         name: "mixtral-8x7b",
         family: "mixtral",
+        qk_norm: QkNorm::None,
         layers: 32,
         hidden: 4096,
         heads: [32, 8],
@@ -107,6 +109,7 @@ pub fn published(text: &str) -> Result<ModelConfig, String> {
         rms_eps: 1e-5,
         window: None,
         tie_embeddings: false,
+        qk_norm: shape.qk_norm,
         ffn: Ffn::Moe {
             n_experts: shape.experts[0],
             top_k: shape.experts[1],

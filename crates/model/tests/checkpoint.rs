@@ -2,7 +2,7 @@
 
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::safetensors::{SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, save_model};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, QkNorm, save_model};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -20,6 +20,7 @@ fn config() -> ModelConfig {
         rms_eps: 1e-5,
         window: None,
         tie_embeddings: false,
+        qk_norm: QkNorm::None,
         ffn: Ffn::Moe { n_experts: 3, top_k: 2, width: 6, renormalise: true },
         router_aux_loss_coef: 0.01,
         bos_token: None,

@@ -19,6 +19,7 @@ fn config(family: &str, ffn: Ffn, tie_embeddings: bool) -> ModelConfig {
         rms_eps: 3e-6,
         window: None,
         tie_embeddings,
+        qk_norm: moebius_model::QkNorm::None,
         ffn,
         router_aux_loss_coef: 0.0,
         bos_token: Some(1),

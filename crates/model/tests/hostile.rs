@@ -1,7 +1,7 @@
 //! A sound folder damaged in some place: it is refused in one line, or what is loaded is consistent. Never a panic.
 
 use moebius_model::checkpoint::StoredAs;
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError, save_model};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError, QkNorm, save_model};
 use proptest::prelude::*;
 use std::sync::LazyLock;
 
@@ -20,6 +20,7 @@ static SOUND: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
         rms_eps: 1e-5,
         window: Some(4),
         tie_embeddings: false,
+        qk_norm: QkNorm::None,
         ffn: Ffn::Moe { n_experts: 2, top_k: 1, width: 2, renormalise: true },
         router_aux_loss_coef: 0.01,
         bos_token: Some(0),

@@ -2,7 +2,7 @@
 
 use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::Precision;
-use moebius_model::{Batch, Ffn, KvCache, LossSettings, Model, ModelConfig, Silent};
+use moebius_model::{Batch, Ffn, KvCache, LossSettings, Model, ModelConfig, QkNorm, Silent};
 use moebius_tensor::{Gradients, Graph};
 
 /// More tokens than a block of any kernel, and an odd number of them.
@@ -22,6 +22,7 @@ fn model(window: Option<usize>) -> Model {
         rms_eps: 1e-5,
         window,
         tie_embeddings: window.is_some(),
+        qk_norm: QkNorm::None,
         ffn: Ffn::Moe { n_experts: 5, top_k: 2, width: 200, renormalise: true },
         router_aux_loss_coef: 0.01,
         bos_token: None,

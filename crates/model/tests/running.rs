@@ -8,7 +8,7 @@ use moebius_kernels::isa::{Isa, with_isa};
 use moebius_kernels::quantised::PACKED_FORMATS;
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::packed::{is_packed, save_packed};
-use moebius_model::{Batch, Checkpoint, Ffn, KvCache, Model, ModelConfig, RunFormat, Silent, save_model};
+use moebius_model::{Batch, Checkpoint, Ffn, KvCache, Model, ModelConfig, QkNorm, RunFormat, Silent, save_model};
 use moebius_tensor::Graph;
 use proptest::prelude::*;
 use std::path::Path;
@@ -27,6 +27,7 @@ fn config() -> ModelConfig {
         rms_eps: 1e-5,
         window: None,
         tie_embeddings: false,
+        qk_norm: QkNorm::None,
         ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 256, renormalise: true },
         router_aux_loss_coef: 0.0,
         bos_token: None,

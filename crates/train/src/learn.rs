@@ -1,7 +1,8 @@
 //! What training asks of the model: a configuration, a loss, gradients.
 
 use moebius_kernels::gemm::Precision;
-use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig};
+use moebius_kernels::parallel::with_team;
+use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig, QkNorm};
 use moebius_moe::{LoadStatistics, Routing};
 use moebius_tensor::{Gradients, Graph};
 
@@ -69,6 +70,7 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
         rms_eps: model.norm_epsilon,
         window: None,
         tie_embeddings: model.tied_embeddings,
+        qk_norm: QkNorm::None,
         ffn,
         router_aux_loss_coef: recipe.balance.load_balancing,
         bos_token: Some(END_OF_TEXT_ID),
@@ -116,9 +118,12 @@ pub fn gradients(
     };
     let graph = Graph::training(recipe.train.precision.into());
     let batch = batch_of(windows, recipe.train.sequence_length);
-    let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;
+    let loss = with_team(|| -> Result<_> {
+        let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;
+        graph.backward(&loss.total, gradients);
+        Ok(loss)
+    })?;
     load.add(&loss.routing);
-    graph.backward(&loss.total, gradients);
     Ok(Losses {
         cross_entropy: f64::from(loss.cross_entropy),
         balance: f64::from(loss.balance) * recipe.balance.load_balancing,

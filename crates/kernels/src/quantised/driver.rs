@@ -12,8 +12,9 @@ use crate::parallel::{self, DisjointMut};
 const SERIAL_BYTES: usize = 1 << 15;
 /// With fewer rows than this a product takes as long as reading the weights does.
 const READING_ROWS: usize = 4;
-/// Tasks a thread, so that a thread that is held up does not keep the others waiting.
-const TASKS_PER_THREAD: usize = 4;
+/// Tasks a thread, so that a thread that is held up does not keep the others waiting, if each has so many bytes to read.
+const TASKS_PER_THREAD: usize = 16;
+const TASK_BYTES: usize = 1 << 17;
 /// Bytes of activations that stay in the second cache while panels pass over them.
 const CACHED_BYTES: usize = 1 << 19;
 /// At least so many rows share a reading of the weights, even if they leave that cache.
@@ -124,11 +125,12 @@ pub(super) fn run(
 /// Cuts the jobs into tasks of about equal work, the largest first.
 fn cut(jobs: &[Job], threads: usize) -> Vec<Task> {
     let work: usize = jobs.iter().map(Job::work).sum();
-    let share = if threads == 1 { usize::MAX } else { work.div_ceil(threads * TASKS_PER_THREAD) };
+    let least = READING_ROWS * TASK_BYTES;
+    let share = if threads == 1 { usize::MAX } else { work.div_ceil(threads * TASKS_PER_THREAD).max(least) };
     let mut tasks = Vec::new();
     for (index, job) in jobs.iter().enumerate() {
         let panels = job.matrix.panels();
-        let step = panels.div_ceil(job.work().div_ceil(share.max(1)).max(1)).max(1);
+        let step = panels.div_ceil(job.work().div_ceil(share).max(1)).max(1);
         tasks.extend((0..panels).step_by(step).map(|p| Task { job: index, panels: p..panels.min(p + step) }));
     }
     tasks.sort_by_key(|task| std::cmp::Reverse(task.panels.len() * jobs[task.job].rows.len()));

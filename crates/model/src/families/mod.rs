@@ -5,6 +5,8 @@ mod keys;
 mod llama;
 mod mistral;
 mod mixtral;
+mod olmoe;
+mod qwen3_moe;
 mod shared;
 
 use crate::{ModelConfig, ModelError};
@@ -41,7 +43,7 @@ pub struct TensorMap {
 
 /// All families, in the order of their names.
 pub fn all() -> &'static [Family] {
-    &[llama::FAMILY, mistral::FAMILY, mixtral::FAMILY]
+    &[llama::FAMILY, mistral::FAMILY, mixtral::FAMILY, olmoe::FAMILY, qwen3_moe::FAMILY]
 }
 
 /// The family of that name or `model_type`.

@@ -2,7 +2,7 @@
 
 use super::TensorMap;
 use super::keys::Keys;
-use crate::{Ffn, ModelConfig, ModelError};
+use crate::{Ffn, ModelConfig, ModelError, QkNorm};
 use serde_json::{Map, Value, json};
 
 /// What transformers takes where a key is absent.
@@ -49,11 +49,35 @@ pub(super) fn read(
         rms_eps: keys.number("rms_norm_eps", defaults.rms_eps)?,
         window,
         tie_embeddings: keys.flag("tie_word_embeddings", false)?,
+        qk_norm: QkNorm::None,
         ffn,
         router_aux_loss_coef: 0.0,
         bos_token: keys.token_ids("bos_token_id")?.first().copied(),
         eos_tokens: keys.token_ids("eos_token_id")?,
     })
+}
+
+/// Reads the experts of Qwen's kind; `width` names the key of their inner width. Hub files say `num_experts`,
+/// transformers 5 also `num_local_experts`.
+pub(super) fn read_experts(keys: &Keys, width: &str) -> Result<Ffn, ModelError> {
+    let count = if keys.has("num_experts") { "num_experts" } else { "num_local_experts" };
+    Ok(Ffn::Moe {
+        n_experts: keys.size(count)?,
+        top_k: keys.size("num_experts_per_tok")?,
+        width: keys.size(width)?,
+        renormalise: keys.flag("norm_topk_prob", false)?,
+    })
+}
+
+/// Writes what [`read_experts`] reads, but the width.
+pub(super) fn write_experts(config: &ModelConfig, map: &mut Map<String, Value>) {
+    if let Ffn::Moe { n_experts, top_k, renormalise, .. } = config.ffn {
+        map.insert("num_experts".into(), n_experts.into());
+        map.insert("num_experts_per_tok".into(), top_k.into());
+        map.insert("norm_topk_prob".into(), renormalise.into());
+    }
+    map.insert("router_aux_loss_coef".into(), json!(config.router_aux_loss_coef));
+    map.insert("output_router_logits".into(), json!(false));
 }
 
 /// Keys that some relative of these models understands and that would change what is computed.
@@ -130,6 +154,12 @@ pub(super) fn tensors(config: &ModelConfig, feed_forward: impl Fn(usize) -> Vec<
         {
             let name = format!("{theirs}.self_attn.{letter}_proj");
             all.push(matrix(&name, &format!("{ours}.attention.{letter}"), rows, cols));
+        }
+        for (letter, heads) in [("q", config.n_heads), ("k", config.n_kv_heads)] {
+            if let Some(width) = config.qk_norm.width(heads, config.head_dim) {
+                let name = format!("{theirs}.self_attn.{letter}_norm");
+                all.push(vector(&name, &format!("{ours}.attention.{letter}_norm"), width));
+            }
         }
         all.push(vector(&format!("{theirs}.post_attention_layernorm"), &format!("{ours}.ffn_norm"), hidden));
         all.extend(feed_forward(layer));

@@ -1,17 +1,22 @@
 //! RMSNorm (Zhang and Sennrich 2019).
 
-use super::rows_of;
 use crate::{Graph, Param, Tensor, TensorError, Var};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::norm;
 
-/// x / sqrt(mean(x²) + eps) * weight, row by row.
+/// x / sqrt(mean(x²) + eps) * weight, row by row; rows longer than the weight are normed in parts of its length, as
+/// heads are.
 ///
 /// # Shapes
-/// x `[tokens, hidden]`, weight `[hidden]`, result as x.
+/// x `[tokens, parts * hidden]`, weight `[hidden]`, result as x.
 pub fn rms_norm<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param, eps: f32) -> Result<Var, TensorError> {
     let [hidden] = weight.value().dims()?;
-    let rows = rows_of("rms_norm input", x, hidden)?;
+    let [tokens, width] = x.dims()?;
+    if !width.is_multiple_of(hidden.max(1)) {
+        let (wanted, found) = (vec![tokens, hidden], x.shape().to_vec());
+        return Err(TensorError::Shape { what: "rms_norm input", wanted, found });
+    }
+    let rows = tokens * width / hidden.max(1);
     let (mut y, mut inv_rms) = (Buffer::scratch(rows * hidden), Buffer::scratch(rows));
     norm::rms_norm(x.data(), weight.value().data(), eps, &mut y, &mut inv_rms);
     let input = x.clone();
@@ -41,5 +46,18 @@ mod tests {
         check_gradients_with_params(&[random(&[4, 6], 1)], &[random(&[6], 2)], |g, x, w| {
             rms_norm(g, &x[0], &w[0], 1e-5).unwrap()
         });
+        // Three heads of two.
+        check_gradients_with_params(&[random(&[4, 6], 1)], &[random(&[2], 2)], |g, x, w| {
+            rms_norm(g, &x[0], &w[0], 1e-5).unwrap()
+        });
+    }
+
+    #[test]
+    fn a_head_is_normed_as_a_row_of_its_own() {
+        let (x, weight) = (random(&[4, 6], 1), Param::new(0, "w", random(&[2], 2)));
+        let g = Graph::inference(moebius_kernels::gemm::Precision::F32);
+        let norm = |x: &Tensor| rms_norm(&g, &Var::constant(x.clone()), &weight, 1e-5).unwrap();
+        assert_eq!(norm(&x).data(), norm(&x.reshape(&[12, 2])).data());
+        assert!(rms_norm(&g, &Var::constant(x.reshape(&[8, 3])), &weight, 1e-5).is_err());
     }
 }
