@@ -259,7 +259,8 @@ impl Builder<'_> {
             normalizers.push(json!({"type": "Precompiled", "precompiled_charsmap": map}));
         }
         if self.parts.remove_extra_whitespaces {
-            normalizers.push(json!({"type": "Strip", "strip_left": true, "strip_right": true}));
+            // Spaces alone: tabs and line breaks stay.
+            normalizers.push(json!({"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""}));
             normalizers.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
         }
         normalizers
