@@ -46,13 +46,12 @@ impl Message {
 
     /// What the template sees: thoughts stand under every name that templates read them by.
     fn for_template(&self) -> Value {
-        let mut fields = self.0.clone();
         let names = ["reasoning_content", "thinking", "reasoning"];
-        let thoughts = names.iter().find_map(|name| fields.get(*name).filter(|value| !value.is_null())).cloned();
-        if let Some(thoughts) = thoughts {
-            fields.entry("thinking").or_insert_with(|| thoughts.clone());
-            fields.insert("reasoning_content".into(), thoughts);
-        }
+        let thoughts = names.iter().find_map(|name| self.0.get(*name).filter(|value| !value.is_null()));
+        let Some(thoughts) = thoughts else { return Value::Object(self.0.clone()) };
+        let mut fields = Map::from_iter([("thinking".to_string(), thoughts.clone())]);
+        fields.extend(self.0.clone());
+        fields.insert("reasoning_content".into(), thoughts.clone());
         Value::Object(fields)
     }
 }
@@ -269,6 +268,8 @@ fn environment() -> Environment<'static> {
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(python::method);
+    environment.set_formatter(python::print);
+    environment.add_test("iterable", python::is_iterable);
     environment.add_filter("tojson", python::to_json);
     environment.add_function("raise_exception", python::raise_exception);
     environment.add_function("strftime_now", python::time_now);

@@ -240,7 +240,13 @@ impl Builder<'_> {
         if parts.scores.is_empty() {
             return Err(self.wrong("wanted scores, one a token, found none".into()));
         }
-        let pieces = parts.tokens.iter().zip(&parts.scores).map(|(token, &score)| (token.clone(), f64::from(score)));
+        // The names of special tokens are in the vocabulary, but no text should reach them.
+        const NEVER: f64 = -1e6;
+        let score = |id: usize| match parts.token_type(id) {
+            TokenType::Normal | TokenType::UserDefined => f64::from(parts.scores[id]),
+            TokenType::Unknown | TokenType::Control | TokenType::Unused | TokenType::Byte => NEVER,
+        };
+        let pieces = parts.tokens.iter().enumerate().map(|(id, token)| (token.clone(), score(id)));
         let bytes = parts.tokens.iter().any(|token| token == "<0x00>");
         let model = Unigram::from(pieces.collect(), self.unknown().map(|id| id as usize), bytes)
             .map_err(|error| self.refused(error))?;
