@@ -250,10 +250,15 @@ impl Builder<'_> {
         let bytes = parts.tokens.iter().any(|token| token == "<0x00>");
         let model = Unigram::from(pieces.collect(), self.unknown().map(|id| id as usize), bytes)
             .map_err(|error| self.refused(error))?;
-        let scheme = if parts.add_space_prefix.unwrap_or(true) { "always" } else { "never" };
-        let words = json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": true});
-        let decoder = json!({"type": "Sequence", "decoders": [{"type": "ByteFallback"}, words]});
-        let normalizer = json!({"type": "Sequence", "normalizers": self.clean_up()});
+        let prefix = parts.add_space_prefix.unwrap_or(true);
+        let mut normalizers = self.clean_up();
+        if prefix {
+            normalizers.push(json!({"type": "Prepend", "prepend": SPACE}));
+        }
+        normalizers.push(replace(" ", SPACE));
+        let normalizer = json!({"type": "Sequence", "normalizers": normalizers});
+        let words = json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": true});
+        let decoder = text_decoder(prefix);
         self.assemble(model.into(), &normalizer, &words, &decoder, false)
     }
 
