@@ -183,7 +183,7 @@ impl Builder<'_> {
         let decoder = if split.byte_level {
             json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false})
         } else {
-            text_decoder(false)
+            text_decoder(0)
         };
         self.assemble(model.into(), &space, &pre_tokenizer(&split), &decoder, split.begins)
     }
@@ -231,7 +231,7 @@ impl Builder<'_> {
         }
         normalizers.push(replace(" ", SPACE));
         let normalizer = json!({"type": "Sequence", "normalizers": normalizers});
-        self.assemble(model.into(), &normalizer, &json!(null), &text_decoder(prefix), true)
+        self.assemble(model.into(), &normalizer, &json!(null), &text_decoder(usize::from(prefix)), true)
     }
 
     /// SentencePiece's unigram.
@@ -258,7 +258,8 @@ impl Builder<'_> {
         normalizers.push(replace(" ", SPACE));
         let normalizer = json!({"type": "Sequence", "normalizers": normalizers});
         let words = json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": true});
-        let decoder = text_decoder(prefix);
+        // Where spaces are cleaned up, SentencePiece gives back none at the beginning.
+        let decoder = text_decoder(if parts.remove_extra_whitespaces { 1 << 20 } else { usize::from(prefix) });
         self.assemble(model.into(), &normalizer, &words, &decoder, false)
     }
 
@@ -358,11 +359,11 @@ fn replace(from: &str, to: &str) -> Value {
     json!({"type": "Replace", "pattern": {"String": from}, "content": to})
 }
 
-/// Tokens written in characters, back to text.
-fn text_decoder(prefix: bool) -> Value {
+/// Tokens written in characters, back to text, less at most `stripped` spaces before it.
+fn text_decoder(stripped: usize) -> Value {
     let mut steps = vec![replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
-    if prefix {
-        steps.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    if stripped > 0 {
+        steps.push(json!({"type": "Strip", "content": " ", "start": stripped, "stop": 0}));
     }
     json!({"type": "Sequence", "decoders": steps})
 }
