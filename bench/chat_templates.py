@@ -3,7 +3,8 @@
 
     python bench/chat_templates.py out.json FOLDER...
 
-Each FOLDER holds a tokenizer_config.json (or a chat_template.jinja beside it); a .gguf file may stand in its place.
+Each FOLDER holds a tokenizer_config.json (or a chat_template.jinja beside it); a .gguf or a .jinja file may stand in its
+place.
 """
 
 import json
@@ -40,9 +41,11 @@ def source(path):
         ids = {name: fields.get(f"tokenizer.ggml.{name}_id") for name in NAMES}
         special = {name: tokens.contents(field.contents()) for name, field in ids.items() if field is not None}
         return fields["tokenizer.chat_template"].contents(), special
+    if path.suffix == ".jinja":
+        return path.read_text(), {"bos_token": "<s>", "eos_token": "</s>"}
     config = json.loads((path / "tokenizer_config.json").read_text())
     jinja = path / "chat_template.jinja"
-    template = jinja.read_text() if jinja.exists() else config["chat_template"]
+    template = jinja.read_text() if jinja.exists() else config.get("chat_template")
     special = {name: config[name] for name in NAMES if config.get(name)}
     return template, {name: t if isinstance(t, str) else t["content"] for name, t in special.items()}
 
@@ -69,6 +72,9 @@ def main():
     out = []
     for path in map(Path, sys.argv[2:]):
         template, special = source(path)
+        if template is None:
+            print(f"{path}: no template")
+            continue
         cases = [{**conversation, **render(template, special, conversation)}
                  for conversation in CONVERSATIONS + MORE]
         out.append({"name": path.parent.parent.name if path.name == "models" else path.name, "template": template,

@@ -3,10 +3,13 @@
     python bench/tokenizer_vectors.py llama.cpp/models out
 
 takes every ggml-vocab-*.gguf that has a .inp and a .out beside it (llama.cpp ships them, the source package of
-llama-cpp-python too). Needs the package `gguf`.
+llama-cpp-python too). Further arguments are SentencePiece models and tekken.json files (mistral-common ships some), whose
+ids SentencePiece and tiktoken give for the texts of the fixtures. Needs the packages `gguf`, `sentencepiece`, `tiktoken`.
 """
 
+import base64
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -38,6 +41,42 @@ def parts(path):
     }
 
 
+BETWEEN = "\n__ggml_vocab_test__\n"
+
+
+def texts():
+    """Every text of the fixtures, and all of them as one."""
+    fixtures = Path(__file__).parent.parent / "crates/engine/tests/fixtures/sentencepiece.json"
+    texts = [case["text"] for case in json.loads(fixtures.read_text())["bpe"]]
+    return texts + ["".join(texts) * 3]
+
+
+def encoder(path):
+    """The text to ids of the file's own library."""
+    if path.suffix == ".json":
+        import tiktoken
+
+        tekken = json.loads(path.read_text())
+        special = tekken["config"]["default_num_special_tokens"]
+        kept = tekken["vocab"][: tekken["config"]["default_vocab_size"] - special]
+        ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in kept}
+        encoding = tiktoken.Encoding("tekken", pat_str=tekken["config"]["pattern"], mergeable_ranks=ranks,
+                                     special_tokens={})
+        return lambda text: [rank + special for rank in encoding.encode(text)]
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+
+
+def other(path, target):
+    folder = target / re.sub(r"[^A-Za-z0-9]+", "-", path.name)
+    folder.mkdir(exist_ok=True)
+    shutil.copy(path, folder / ("tekken.json" if path.suffix == ".json" else "tokenizer.model"))
+    encode = encoder(path)
+    (folder / "vectors.inp").write_bytes(BETWEEN.join(texts()).encode())
+    (folder / "vectors.out").write_text("".join(" ".join(map(str, encode(text))) + "\n" for text in texts()))
+
+
 def main():
     source, target = Path(sys.argv[1]), Path(sys.argv[2])
     target.mkdir(parents=True, exist_ok=True)
@@ -48,6 +87,8 @@ def main():
             (target / f"{name}.json").write_text(json.dumps(parts(path), ensure_ascii=False))
             for vector in vectors:
                 shutil.copy(vector, target / f"{name}{vector.suffix}")
+    for path in map(Path, sys.argv[3:]):
+        other(path, target)
 
 
 main()

@@ -1,12 +1,13 @@
 //! Compares tokenizers built from their parts with llama.cpp's test vectors.
 //!
 //! `tokenizer_vectors FOLDER` reads each `NAME.json` of a folder (written by `bench/tokenizer_vectors.py`) with its
-//! `NAME.inp` and `NAME.out`, and prints how many texts give the same ids. It exits with 1 if one does not.
+//! `NAME.inp` and `NAME.out`, and each folder in it with a tokenizer, `vectors.inp` and `vectors.out`. It prints how many
+//! texts give the same ids, and exits with 1 if one does not.
 
 use std::path::Path;
 use std::process::ExitCode;
 
-use moebius_engine::{TokenType, TokenizerParts};
+use moebius_engine::{TokenType, Tokenizer, TokenizerParts};
 use serde_json::Value;
 
 /// Stands between the texts of an `.inp` file.
@@ -18,7 +19,8 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let entries = std::fs::read_dir(&folder).expect("a folder").map(|entry| entry.expect("an entry").path());
-    let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|end| end == "json")).collect();
+    let mut files: Vec<_> =
+        entries.filter(|path| path.is_dir() || path.extension().is_some_and(|end| end == "json")).collect();
     files.sort();
     let mut all = true;
     for file in &files {
@@ -36,11 +38,16 @@ fn main() -> ExitCode {
 
 /// Texts with the same ids, and all texts.
 fn compare(file: &Path) -> Result<(usize, usize), Box<dyn std::error::Error>> {
-    let parts = parts(&serde_json::from_slice(&std::fs::read(file)?)?);
+    let (tokenizer, vectors) = if file.is_dir() {
+        (Tokenizer::from_folder(file)?, file.join("vectors"))
+    } else {
+        let parts = parts(&serde_json::from_slice(&std::fs::read(file)?)?);
+        (parts.build(&file.display().to_string())?, file.to_path_buf())
+    };
     // The vectors were made without special tokens, neither around the text nor inside it.
-    let tokenizer = parts.build(&file.display().to_string())?.literal();
-    let texts = std::fs::read_to_string(file.with_extension("inp"))?;
-    let wanted = std::fs::read_to_string(file.with_extension("out"))?;
+    let tokenizer = tokenizer.literal();
+    let texts = std::fs::read_to_string(vectors.with_extension("inp"))?;
+    let wanted = std::fs::read_to_string(vectors.with_extension("out"))?;
     let (mut same, mut count) = (0, 0);
     for (text, line) in texts.split(BETWEEN).zip(wanted.lines()) {
         let wanted: Vec<u32> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;

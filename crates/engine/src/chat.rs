@@ -46,13 +46,12 @@ impl Message {
 
     /// What the template sees: thoughts stand under every name that templates read them by.
     fn for_template(&self) -> Value {
-        let mut fields = self.0.clone();
         let names = ["reasoning_content", "thinking", "reasoning"];
-        let thoughts = names.iter().find_map(|name| fields.get(*name).filter(|value| !value.is_null())).cloned();
-        if let Some(thoughts) = thoughts {
-            fields.entry("thinking").or_insert_with(|| thoughts.clone());
-            fields.insert("reasoning_content".into(), thoughts);
-        }
+        let thoughts = names.iter().find_map(|name| self.0.get(*name).filter(|value| !value.is_null()));
+        let Some(thoughts) = thoughts else { return Value::Object(self.0.clone()) };
+        let mut fields = Map::from_iter([("thinking".to_string(), thoughts.clone())]);
+        fields.extend(self.0.clone());
+        fields.insert("reasoning_content".into(), thoughts.clone());
         Value::Object(fields)
     }
 }
@@ -85,9 +84,14 @@ pub struct ChatTemplate {
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 /// Steps that any conversation may take. A step is an instruction or 64 bytes made.
-const FUEL: u64 = 2_000_000;
+const FUEL: u64 = 500_000;
 /// Further steps for each byte of the conversation.
 const FUEL_A_BYTE: u64 = 16;
+/// No conversation takes more.
+const MOST_FUEL: u64 = 4_000_000;
+/// A template may put lists into lists, one level in about eight steps, and dropping them takes stack for each level.
+/// Rendering has a stack for the deepest that the steps allow; memory is used only where it is reached.
+const STACK: usize = 512 << 20;
 /// A larger template is no template.
 const LONGEST: usize = 1 << 20;
 
@@ -219,7 +223,7 @@ impl ChatTemplate {
         let tools = (!conversation.tools.is_empty()).then(|| Value::Array(conversation.tools.to_vec()));
         let bytes = messages.to_string().len() + tools.as_ref().map_or(0, |tools| tools.to_string().len());
         let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL + FUEL_A_BYTE * bytes as u64));
+        environment.set_fuel(Some(MOST_FUEL.min(FUEL + FUEL_A_BYTE * bytes as u64)));
         let key = if tools.is_some() && self.has_tool_use { TOOL_USE } else { DEFAULT };
         let special = self.special.iter().map(|(name, token)| (name.as_str(), TemplateValue::from(token.as_str())));
         let variables = conversation.variables.iter().map(|(name, value)| (name.as_str(), python::value(value)));
@@ -231,7 +235,14 @@ impl ChatTemplate {
         ];
         let context = TemplateValue::from_pairs(special.chain(variables).chain(own));
         let template = environment.get_template(key).map_err(|error| self.failed(&error))?;
-        template.render(context).map_err(|error| self.failed(&error))
+        let work = || template.render(context).map_err(|error| self.failed(&error));
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
+            match thread.spawn_scoped(scope, work) {
+                Ok(thread) => thread.join().unwrap_or_else(|_| Err(self.wrong("the template engine failed"))),
+                Err(error) => Err(self.wrong(&format!("no thread to render it in: {error}"))),
+            }
+        })
     }
 
     fn add(&mut self, key: &'static str, source: &str) -> Result<(), EngineError> {
@@ -279,6 +290,8 @@ fn environment() -> Environment<'static> {
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(python::method);
+    environment.set_formatter(python::print);
+    environment.add_test("iterable", python::is_iterable);
     environment.add_filter("tojson", python::to_json);
     environment.add_function("raise_exception", python::raise_exception);
     environment.add_function("strftime_now", python::time_now);

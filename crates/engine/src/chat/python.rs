@@ -1,7 +1,7 @@
 //! What templates expect of Python: methods of values, `json.dumps`, `strftime`, and transformers' own tag.
 
-use minijinja::value::{Kwargs, ValueKind, from_args};
-use minijinja::{Error, ErrorKind, State, Value};
+use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
+use minijinja::{Error, ErrorKind, Output, State, Value};
 
 /// Lists and objects inside each other that `tojson` follows.
 const DEEPEST: usize = 100;
@@ -47,6 +47,10 @@ pub(super) fn time_now(format: String) -> Result<String, Error> {
 pub(super) fn method(state: &mut State, value: &Value, method: &str, arguments: &[Value]) -> Result<Value, Error> {
     let text = if value.kind() == ValueKind::String { value.as_str() } else { None };
     match (text, method) {
+        (Some(text), "title") => {
+            let () = from_args(arguments)?;
+            Ok(title(text).into())
+        }
         (Some(text), "removeprefix") => {
             let (prefix,): (&str,) = from_args(arguments)?;
             Ok(text.strip_prefix(prefix).unwrap_or(text).into())
@@ -80,6 +84,79 @@ pub(super) fn method(state: &mut State, value: &Value, method: &str, arguments: 
         }
         _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments),
     }
+}
+
+/// Letters after anything but a letter become capitals, all others small.
+fn title(text: &str) -> String {
+    let mut inside = false;
+    let mut out = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if inside {
+            out.extend(letter.to_lowercase())
+        } else {
+            out.extend(letter.to_uppercase())
+        }
+        inside = letter.is_alphabetic();
+    }
+    out
+}
+
+/// Prints a value as Python does.
+pub(super) fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => {
+            let mut text = String::new();
+            write_repr(&mut text, value, 0)?;
+            out.write_str(&text).map_err(Error::from)
+        }
+        _ => minijinja::escape_formatter(out, state, value),
+    }
+}
+
+/// Python's `repr`. minijinja's own differs in fractions: 1e-5 where Python has 1e-05.
+fn write_repr(out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
+    if depth > DEEPEST {
+        return Err(refuse(format!("wanted at most {DEEPEST} lists or objects inside each other")));
+    }
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => {
+            let number = f64::try_from(value.clone())?;
+            out.push_str(&if number.is_finite() { python_float(number) } else { value.to_string() });
+        }
+        ValueKind::String => {
+            // A list shows its texts in quotes.
+            let list = Value::from(vec![value.clone()]).to_string();
+            out.push_str(list.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(&list));
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (at, key) in value.try_iter()?.enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                write_repr(out, &key, depth + 1)?;
+                out.push_str(": ");
+                write_repr(out, &value.get_item(&key)?, depth + 1)?;
+            }
+            out.push('}');
+        }
+        ValueKind::Seq if value.downcast_object_ref::<Tuple>().is_none() => {
+            out.push('[');
+            for (at, item) in value.try_iter()?.enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                write_repr(out, &item, depth + 1)?;
+            }
+            out.push(']');
+        }
+        _ => out.push_str(&value.to_string()),
+    }
+    Ok(())
+}
+
+/// `x is iterable`: None is not.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    !matches!(
+        value.kind(),
+        ValueKind::None | ValueKind::Bool | ValueKind::Number | ValueKind::Plain | ValueKind::Invalid
+    )
 }
 
 /// `tojson(indent=None, ensure_ascii=False, separators=None, sort_keys=False)` with the spacing of Python's `json.dumps`.

@@ -183,7 +183,7 @@ impl Builder<'_> {
         let decoder = if split.byte_level {
             json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false})
         } else {
-            text_decoder(false)
+            text_decoder(0)
         };
         self.assemble(model.into(), &space, &pre_tokenizer(&split), &decoder, split.begins)
     }
@@ -231,7 +231,7 @@ impl Builder<'_> {
         }
         normalizers.push(replace(" ", SPACE));
         let normalizer = json!({"type": "Sequence", "normalizers": normalizers});
-        self.assemble(model.into(), &normalizer, &json!(null), &text_decoder(prefix), true)
+        self.assemble(model.into(), &normalizer, &json!(null), &text_decoder(usize::from(prefix)), true)
     }
 
     /// SentencePiece's unigram.
@@ -240,14 +240,26 @@ impl Builder<'_> {
         if parts.scores.is_empty() {
             return Err(self.wrong("wanted scores, one a token, found none".into()));
         }
-        let pieces = parts.tokens.iter().zip(&parts.scores).map(|(token, &score)| (token.clone(), f64::from(score)));
+        // The names of special tokens are in the vocabulary, but no text should reach them.
+        const NEVER: f64 = -1e6;
+        let score = |id: usize| match parts.token_type(id) {
+            TokenType::Normal | TokenType::UserDefined => f64::from(parts.scores[id]),
+            TokenType::Unknown | TokenType::Control | TokenType::Unused | TokenType::Byte => NEVER,
+        };
+        let pieces = parts.tokens.iter().enumerate().map(|(id, token)| (token.clone(), score(id)));
         let bytes = parts.tokens.iter().any(|token| token == "<0x00>");
         let model = Unigram::from(pieces.collect(), self.unknown().map(|id| id as usize), bytes)
             .map_err(|error| self.refused(error))?;
-        let scheme = if parts.add_space_prefix.unwrap_or(true) { "always" } else { "never" };
-        let words = json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": true});
-        let decoder = json!({"type": "Sequence", "decoders": [{"type": "ByteFallback"}, words]});
-        let normalizer = json!({"type": "Sequence", "normalizers": self.clean_up()});
+        let prefix = parts.add_space_prefix.unwrap_or(true);
+        let mut normalizers = self.clean_up();
+        if prefix {
+            normalizers.push(json!({"type": "Prepend", "prepend": SPACE}));
+        }
+        normalizers.push(replace(" ", SPACE));
+        let normalizer = json!({"type": "Sequence", "normalizers": normalizers});
+        let words = json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": true});
+        // Where spaces are cleaned up, SentencePiece gives back none at the beginning.
+        let decoder = text_decoder(if parts.remove_extra_whitespaces { 1 << 20 } else { usize::from(prefix) });
         self.assemble(model.into(), &normalizer, &words, &decoder, false)
     }
 
@@ -259,7 +271,8 @@ impl Builder<'_> {
             normalizers.push(json!({"type": "Precompiled", "precompiled_charsmap": map}));
         }
         if self.parts.remove_extra_whitespaces {
-            normalizers.push(json!({"type": "Strip", "strip_left": true, "strip_right": true}));
+            // Spaces alone: tabs and line breaks stay.
+            normalizers.push(json!({"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""}));
             normalizers.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
         }
         normalizers
@@ -346,11 +359,11 @@ fn replace(from: &str, to: &str) -> Value {
     json!({"type": "Replace", "pattern": {"String": from}, "content": to})
 }
 
-/// Tokens written in characters, back to text.
-fn text_decoder(prefix: bool) -> Value {
+/// Tokens written in characters, back to text, less at most `stripped` spaces before it.
+fn text_decoder(stripped: usize) -> Value {
     let mut steps = vec![replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
-    if prefix {
-        steps.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    if stripped > 0 {
+        steps.push(json!({"type": "Strip", "content": " ", "start": stripped, "stop": 0}));
     }
     json!({"type": "Sequence", "decoders": steps})
 }
