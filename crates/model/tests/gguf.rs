@@ -158,6 +158,16 @@ fn the_vocabulary_is_written() {
         (read.text("tokenizer.chat_template").unwrap(), read.text("general.name").unwrap()),
         ("{{ x }}", "tiny")
     );
+    assert_eq!(read.optional_flag("tokenizer.ggml.add_bos_token").unwrap(), Some(false));
+    for (first, wanted) in [("SpecialToken", true), ("Sequence", false)] {
+        let template = format!(r#""post_processor":{{"type":"TemplateProcessing","single":[{{"{first}":{{}}}}]}}"#);
+        let text = std::str::from_utf8(TOKENIZER).unwrap().replacen(r#""post_processor":null"#, &template, 1);
+        let other = folder.path().join("other.gguf");
+        write_model(&other, &model, &ExportSettings { tokenizer: Some(text.as_bytes()), ..settings(Format::F32) })
+            .unwrap();
+        let begins = GgufFile::open(&other).unwrap().metadata().optional_flag("tokenizer.ggml.add_bos_token").unwrap();
+        assert_eq!(begins, Some(wanted));
+    }
     for (from, to, wanted) in [
         ("\"ab\":3", "\"ab\":40", "`vocab`: wanted an id below the model's vocabulary of 40 for \"ab\", found 40"),
         ("[\"a\",\"b\"]", "7", "`model.merges`: wanted pairs of tokens"),

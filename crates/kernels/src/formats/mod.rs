@@ -1,7 +1,7 @@
 //! Block formats: weights as a few bits each, with scales that a block of them shares, laid out as ggml does
 //! (llama.cpp, `ggml/src/ggml-common.h`), so that blocks of GGUF files are ours and ours are theirs.
 //!
-//! A format is one implementation of [`BlockFormat`] and one line in [`FORMATS`]; decoding gives the bits that the
+//! A format is one implementation of `BlockFormat` and one line in `FORMATS`; decoding gives the bits that the
 //! layout's definition says, encoding searches for scales of small squared error (`search`).
 //!
 //! Legend: a *block* is `block_len` numbers in `block_bytes` bytes; a *code* is a number's few bits.

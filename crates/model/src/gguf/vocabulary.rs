@@ -48,7 +48,7 @@ pub(super) fn vocabulary_metadata(
     if let Some(&end_of_turn) = config.eos_tokens.get(1) {
         push("eot_token_id", ValueToWrite::U32(end_of_turn));
     }
-    push("add_bos_token", ValueToWrite::Bool(uses(&json["post_processor"], "TemplateProcessing")));
+    push("add_bos_token", ValueToWrite::Bool(begins_with_token(&json["post_processor"])));
     push("add_space_prefix", ValueToWrite::Bool(false));
     Ok(all)
 }
@@ -61,6 +61,11 @@ fn steps(value: &Value) -> Vec<&Value> {
 
 fn uses(value: &Value, kind: &str) -> bool {
     steps(value).iter().any(|step| step["type"] == kind)
+}
+
+/// Whether a template puts a token of its own before the text.
+fn begins_with_token(post_processor: &Value) -> bool {
+    steps(post_processor).iter().any(|step| step["single"][0].get("SpecialToken").is_some())
 }
 
 /// llama.cpp's name for the way that text is split before merges.
