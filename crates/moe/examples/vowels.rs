@@ -148,7 +148,8 @@ fn split(rows: &[Row], rng: &mut Rng) -> Result<[Table; 2], Box<dyn Error>> {
     if speakers.len() < 75 {
         return Err(format!("wanted at least 75 speakers, found {}", speakers.len()).into());
     }
-    (0..75).for_each(|i| speakers.swap(i, i + rng.below(speakers.len() - i)));
+    let count = speakers.len();
+    (0..75).for_each(|i| speakers.swap(i, i + rng.below(count - i)));
     let mut tables = [Table::default(), Table::default()];
     for row in rows {
         let table = match speakers.iter().position(|&speaker| speaker == row.speaker) {

@@ -15,6 +15,7 @@ use moebius_tensor::{Graph, Param, Tensor, Var, ops};
 
 /// How tokens are chosen when they come one by one.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one a block")]
 pub enum CausalSampler {
     /// σ(r) > ½, the score trained to say so.
     Threshold,
