@@ -128,4 +128,23 @@ mod tests {
         g.backward(&loss, &mut gradients);
         assert!(gradients.get(0).is_some() && gradients.get(1).is_none());
     }
+
+    #[test]
+    fn the_bias_evens_a_skewed_load() {
+        let mut x = vec![0.0; 300];
+        moebius_tensor::Rng::new(5).fill_normal(&mut x, 1.0);
+        // The first coordinate is high, the last low: expert 0 has almost all tokens, expert 2 few.
+        x.chunks_exact_mut(3).for_each(|row| (row[0], row[2]) = (row[0] + 2.0, row[2] - 2.0));
+        let x = Var::constant(Tensor::new(&[100, 3], x));
+        let mut router = router(0.01);
+        let mut violations = Vec::new();
+        for _ in 0..100 {
+            let decision = router.decide(&Graph::inference(Precision::F32), &x, &Context::default()).unwrap();
+            let mut load = crate::LoadStatistics::default();
+            load.add(&decision.plan);
+            violations.push(load.max_violation());
+            router.after_step(&load.counts);
+        }
+        assert!(violations[0] > 0.3 && violations[99] < 0.1, "{violations:?}");
+    }
 }

@@ -215,6 +215,26 @@ proptest! {
     }
 }
 
+/// The layer's answers to all tokens but the last, when the last is `last`.
+fn earlier_answers(case: &Case, last: f32, seed: u64) -> Vec<f32> {
+    let layer = case.random_layer(seed);
+    let mut x = random(&[TOKENS, HIDDEN], 4);
+    x.data_mut()[(TOKENS - 1) * HIDDEN..].fill(last);
+    let (y, _) = layer.forward_by(&Graph::inference(Precision::F32), &Var::constant(x), &context()).unwrap();
+    y.data()[..(TOKENS - 1) * HIDDEN].to_vec()
+}
+
+/// What may be built for a causal model without saying so sees no later token; expert choice does.
+#[test]
+fn only_what_is_refused_leaks_the_future() {
+    for case in CASES {
+        let same = (1..6).all(|seed| earlier_answers(case, 0.1, seed) == earlier_answers(case, 3.0, seed));
+        let may_leak = case.flags.contains(&"allow_future_leak");
+        assert!(same || may_leak, "{}", case.label());
+        assert!(!same || case.name != "expert_choice", "{}", case.label());
+    }
+}
+
 /// Plain gradient descent on a fixed linear map: every router's layer learns.
 #[test]
 fn every_layer_learns() {
