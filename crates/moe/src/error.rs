@@ -26,4 +26,30 @@ pub enum MoeError {
          gradient; use raw weights or at least two choices"
     )]
     NoRouterGradient,
+    /// A router's name that the registry lacks.
+    #[error("router: wanted one of {known}, found {found}")]
+    UnknownRouter {
+        /// The name given.
+        found: String,
+        /// All names.
+        known: String,
+    },
+    /// An option of a router that is unknown, of another type or out of range.
+    #[error("router {router}: option {key}: {message}")]
+    Option {
+        /// The router's name.
+        router: &'static str,
+        /// The option.
+        key: String,
+        /// What was wanted and found.
+        message: String,
+    },
+    /// A combination that is known to be wrong.
+    #[error("router {router}: {reason}")]
+    Refused {
+        /// The router's name.
+        router: &'static str,
+        /// Why, and what to do instead.
+        reason: String,
+    },
 }

@@ -1,7 +1,8 @@
 //! [`MoeLayer`]: a router and its experts.
 
+use crate::routers::{Context, Decision, RoutingMethod};
 use crate::{ExpertBank, MoeError, Router, Routing, TopKRouter};
-use moebius_tensor::{Graph, Param, Var};
+use moebius_tensor::{Graph, Param, Var, ops};
 
 /// The sparse counterpart of a feed-forward layer.
 #[derive(Debug)]
@@ -31,6 +32,27 @@ impl<R: Router> MoeLayer<R> {
     /// Its weights, to be changed.
     pub fn params_mut(&mut self) -> Vec<&mut Param> {
         self.router.params_mut().into_iter().chain(self.experts.params_mut()).collect()
+    }
+}
+
+impl<R: RoutingMethod> MoeLayer<R> {
+    /// As [`MoeLayer::forward`], for every routing method: with what else the method may need to know, and with its own
+    /// losses and what it dropped in the answer. A dropped token's row is zero, so that the residual carries the token.
+    ///
+    /// # Shapes
+    /// x and result `[tokens, hidden]`.
+    pub fn forward_by<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        x: &Var,
+        context: &Context<'_>,
+    ) -> Result<(Var, Decision), MoeError> {
+        let decision = self.router.decide(g, x, context)?;
+        let mut y = self.experts.forward(g, x, &decision.plan, &decision.weights)?;
+        if let Some(skip) = &decision.skip {
+            y = ops::add(g, &y, &crate::routers::math::scale_rows(g, x, skip)?)?;
+        }
+        Ok((y, decision))
     }
 }
 

@@ -14,6 +14,7 @@ mod experts;
 mod layer;
 mod plan;
 mod router;
+pub mod routers;
 mod statistics;
 
 pub use balance::{load_balancing_loss, z_loss};
