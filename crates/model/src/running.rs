@@ -159,12 +159,17 @@ impl Model {
     }
 }
 
+/// Writes the numbers of some rows.
+pub(crate) type Fill<'f> = dyn FnMut(Range<usize>, &mut [f32]) -> Result<(), ModelError> + 'f;
+/// Writes the packed bytes of a matrix.
+type Pack<'p> = dyn FnMut(usize, &mut [u8]) -> Result<(), ModelError> + 'p;
+
 /// The matrices of a weight in what `format` says, each from numbers that `fill` writes, given its rows.
 pub(crate) fn pack_matrices(
     name: &str,
     shape: &[usize],
     format: RunFormat,
-    fill: &mut dyn FnMut(Range<usize>, &mut [f32]) -> Result<(), ModelError>,
+    fill: &mut Fill<'_>,
 ) -> Result<Frozen, ModelError> {
     let [.., out, inner] = *shape else { unreachable!("a matrix has two dimensions") };
     let count = shape.iter().rev().skip(2).product::<usize>();
@@ -198,7 +203,7 @@ fn quantised_matrices(
     format: Format,
     count: usize,
     [out, inner]: [usize; 2],
-    pack: &mut dyn FnMut(usize, &mut [u8]) -> Result<(), ModelError>,
+    pack: &mut Pack<'_>,
 ) -> Result<Frozen, ModelError> {
     let bytes = packed_bytes(format, out, inner).expect("a format with kernels");
     let mut packed = Buffer::<u8>::zeroed(count * bytes);

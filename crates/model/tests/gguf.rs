@@ -2,7 +2,7 @@
 
 use moebius_kernels::formats::Format;
 use moebius_model::gguf::{ExportSettings, GgufFile, write_model};
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, QkNorm};
 use std::path::{Path, PathBuf};
 
 fn config(family: &str, ffn: Ffn, tie_embeddings: bool) -> ModelConfig {
@@ -19,7 +19,7 @@ fn config(family: &str, ffn: Ffn, tie_embeddings: bool) -> ModelConfig {
         rms_eps: 3e-6,
         window: None,
         tie_embeddings,
-        qk_norm: moebius_model::QkNorm::None,
+        qk_norm: QkNorm::None,
         ffn,
         router_aux_loss_coef: 0.0,
         bos_token: Some(1),
@@ -52,8 +52,14 @@ fn weights(model: &Model) -> Vec<(String, Vec<f32>)> {
 #[test]
 fn exact_formats_bring_a_model_back_whole() {
     let folder = tempfile::tempdir().unwrap();
-    for (family, ffn, tied) in [("llama", Ffn::Dense { width: 96 }, true), ("mixtral", MOE, false)] {
-        let model = Model::new(&config(family, ffn, tied), 5).unwrap();
+    let raw = Ffn::Moe { n_experts: 3, top_k: 2, width: 32, renormalise: false };
+    for (family, ffn, qk_norm, tied) in [
+        ("llama", Ffn::Dense { width: 96 }, QkNorm::None, true),
+        ("mixtral", MOE, QkNorm::None, false),
+        ("olmoe", raw, QkNorm::Projection, false),
+        ("qwen3_moe", MOE, QkNorm::Head, false),
+    ] {
+        let model = Model::new(&ModelConfig { qk_norm, ..config(family, ffn, tied) }, 5).unwrap();
         let path = export(folder.path(), &model, Format::F32);
         let again = Model::load(&Checkpoint::open(&path).unwrap()).unwrap();
         assert_eq!(

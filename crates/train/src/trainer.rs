@@ -60,7 +60,17 @@ impl Trainer {
     /// # Errors
     /// Whatever is wrong with the recipe, the texts, the folder or the checkpoint; a run in the way.
     pub fn prepare(recipe: Recipe, out: &Path, start: Start, progress: &mut dyn Progress) -> Result<Self> {
-        let folder = RunFolder::new(out);
+        let is_new = !out.exists();
+        Self::prepare_in(RunFolder::new(out), recipe, start, progress).inspect_err(|_| {
+            if is_new {
+                // Only where it is empty: texts that were tokenised are worth keeping.
+                let _ = std::fs::remove_dir(out.join("data"));
+                let _ = std::fs::remove_dir(out);
+            }
+        })
+    }
+
+    fn prepare_in(folder: RunFolder, recipe: Recipe, start: Start, progress: &mut dyn Progress) -> Result<Self> {
         folder.make_ready(start)?;
         if start == Start::Resume {
             return Self::resume(recipe, folder, progress);

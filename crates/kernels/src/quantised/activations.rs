@@ -39,7 +39,7 @@ impl Activations {
     /// Quantises rows of `k` numbers; records are made for `blocks` blocks, those beyond `k` zero.
     pub(super) fn quantise(x: &[f32], k: usize, blocks: usize, bias: i32, halves: bool) -> Self {
         assert!(k.is_multiple_of(BLOCK) && k <= blocks * BLOCK);
-        let rows = if k == 0 { 0 } else { x.len() / k };
+        let rows = x.len().checked_div(k).unwrap_or(0);
         let mut records = Buffer::<Record>::scratch(rows * blocks);
         let isa = Isa::current();
         let serial = SERIAL_ELEMENTS / BLOCK;

@@ -33,7 +33,7 @@ pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
     let records: [*const Record; N] = std::array::from_fn(|row| tile.rows[row]);
-    let mut sums = [[_mm256_setzero_ps(); 2]; N];
+    let mut sums = [[_mm256_setzero_ps(); N]; 2];
     let mut unit = tile.panel;
     // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
     unsafe {
@@ -43,34 +43,35 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
             }
             for block in 0..L::UNIT_BLOCKS {
                 let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
-                for side in 0..2 {
+                for (side, sums) in sums.iter_mut().enumerate() {
                     let products = block_products::<L, N>(unit, block, side, &records);
-                    for half in 0..1 + usize::from(L::HALVES) {
-                        let scale = L::scales_256(unit, block, half, side);
-                        for row in 0..N {
-                            let start = _mm256_set1_epi32(records[row].start[half]);
-                            let product = _mm256_cvtepi32_ps(_mm256_add_epi32(products[row][half], start));
-                            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(records[row].scale));
-                            sums[row][side] = _mm256_fmadd_ps(product, scale, sums[row][side]);
+                    let scales =
+                        [L::scales_256(unit, block, 0, side), L::scales_256(unit, block, usize::from(L::HALVES), side)];
+                    for ((sum, products), record) in sums.iter_mut().zip(products).zip(records) {
+                        let halves = products.into_iter().zip(scales).zip(record.start);
+                        for ((product, scale), start) in halves.take(1 + usize::from(L::HALVES)) {
+                            let product = _mm256_cvtepi32_ps(_mm256_add_epi32(product, _mm256_set1_epi32(start)));
+                            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(record.scale));
+                            *sum = _mm256_fmadd_ps(product, scale, *sum);
                         }
                     }
                     if L::AFFINE {
                         let mins = L::mins_256(unit, block, side);
-                        for row in 0..N {
-                            let sum = _mm256_set1_ps(records[row].sum);
-                            sums[row][side] = _mm256_fnmadd_ps(mins, sum, sums[row][side]);
+                        for (sum, record) in sums.iter_mut().zip(records) {
+                            *sum = _mm256_fnmadd_ps(mins, _mm256_set1_ps(record.sum), *sum);
                         }
                     }
                 }
             }
             unit = unit.add(L::UNIT_BYTES);
         }
-        for (row, sums) in sums.into_iter().enumerate() {
+        let [left, right] = sums;
+        for (row, (left, right)) in left.into_iter().zip(right).enumerate() {
             let mut edge = [0.0; LANES];
             let c = tile.c.add(row * tile.c_stride);
             let target = if tile.columns < LANES { edge.as_mut_ptr() } else { c };
-            _mm256_storeu_ps(target, sums[0]);
-            _mm256_storeu_ps(target.add(LANES / 2), sums[1]);
+            _mm256_storeu_ps(target, left);
+            _mm256_storeu_ps(target.add(LANES / 2), right);
             if tile.columns < LANES {
                 std::slice::from_raw_parts_mut(c, tile.columns).copy_from_slice(&edge[..tile.columns]);
             }

@@ -35,7 +35,7 @@ use driver::Job;
 /// # Shapes
 /// x `[m, k]`, W `[n, k]`, y `[m, n]`.
 pub fn quantised_matmul(x: &[f32], weight: &QuantisedMatrix, y: &mut [f32]) {
-    let rows = if weight.k() == 0 { 0 } else { x.len() / weight.k() };
+    let rows = x.len().checked_div(weight.k()).unwrap_or(0);
     grouped_quantised_matmul(x, None, &[0, rows], std::slice::from_ref(weight), y);
 }
 
