@@ -66,13 +66,13 @@ pub struct RunPrecision {
     pub weights: Option<RunFormat>,
 }
 
-impl RunPrecision {
-    /// What the weights are held in.
-    pub fn format(&self) -> RunFormat {
-        self.weights.unwrap_or(match self.dtype {
-            Dtype::F32 => RunFormat::F32,
-            Dtype::Bf16 => RunFormat::AsStored,
-        })
+impl Dtype {
+    /// What weights are held in where nothing is asked for: `--dtype f32` is for comparing with references.
+    pub fn weights(self) -> RunFormat {
+        match self {
+            Self::F32 => RunFormat::F32,
+            Self::Bf16 => RunFormat::AsStored,
+        }
     }
 }
 
@@ -293,6 +293,11 @@ pub struct EvalArguments {
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     pub dtype: Dtype,
 
+    /// What the weights are held in: stored, f32, bf16, or a block format as q8_0, q4_k, q4_0, mxfp4 [default: f32; stored
+    /// with --dtype bf16]
+    #[arg(long, value_name = "FORMAT")]
+    pub weights: Option<RunFormat>,
+
     /// Print one JSON object instead of lines
     #[arg(long)]
     pub json: bool,
@@ -409,6 +414,11 @@ pub struct LogitsArguments {
     /// Precision of matrix products
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     pub dtype: Dtype,
+
+    /// What the weights are held in: stored, f32, bf16, or a block format as q8_0, q4_k, q4_0, mxfp4 [default: f32; stored
+    /// with --dtype bf16]
+    #[arg(long, value_name = "FORMAT")]
+    pub weights: Option<RunFormat>,
 
     /// Write also what the routers computed
     #[arg(long)]

@@ -51,21 +51,22 @@ impl Source {
         Ok(Model::load(&self.checkpoint()?)?)
     }
 
-    /// Reads configuration and weights to be run; where it takes longer than a moment, tells how far it is.
+    /// Reads configuration and weights to be run, in the format asked for `or` else; where it takes longer than a moment,
+    /// tells how far it is. A packed model is what it is, and no format may be asked of it.
     ///
     /// # Errors
     /// As [`Source::model`].
-    pub fn model_to_run(&self, format: RunFormat) -> anyhow::Result<Model> {
+    pub fn model_to_run(&self, asked: Option<RunFormat>, or: RunFormat) -> anyhow::Result<Model> {
         if let Self::Folder(folder) = self
             && packed::is_packed(folder)
         {
-            if format != RunFormat::AsStored {
-                bail!("{}: a packed model runs as it was packed; leave out --weights and --dtype", folder.display());
+            if let Some(format) = asked {
+                bail!("{}: a packed model runs as it was packed, not in {format}", folder.display());
             }
             return Ok(Model::open_packed(folder)?);
         }
         let checkpoint = self.checkpoint()?;
-        let mut bar = LoadBar::new();
+        let (mut bar, format) = (LoadBar::new(), asked.unwrap_or(or));
         Ok(Model::load_to_run(&checkpoint, format, &mut |progress| bar.show(progress))?)
     }
 

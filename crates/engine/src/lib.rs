@@ -3,7 +3,7 @@
 //! Reading order: [`tokenizer`] turns text into ids and ids back into text piece by piece, [`chat`] writes a conversation as
 //! one text, [`sampler`] turns a row of
 //! logits into the next id, [`stop`] decides which text may be shown, [`session`] is a model in the
-//! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all; [`bench`] measures.
+//! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all; [`mod@bench`] measures.
 #![forbid(unsafe_code)]
 
 pub mod bench;

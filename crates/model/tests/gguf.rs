@@ -55,6 +55,7 @@ fn exact_formats_bring_a_model_back_whole() {
     let raw = Ffn::Moe { n_experts: 3, top_k: 2, width: 32, renormalise: false };
     for (family, ffn, qk_norm, tied) in [
         ("llama", Ffn::Dense { width: 96 }, QkNorm::None, true),
+        ("qwen3", Ffn::Dense { width: 96 }, QkNorm::Head, true),
         ("mixtral", MOE, QkNorm::None, false),
         ("olmoe", raw, QkNorm::Projection, false),
         ("qwen3_moe", MOE, QkNorm::Head, false),

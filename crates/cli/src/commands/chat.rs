@@ -44,7 +44,7 @@ pub fn execute(arguments: &ChatArguments) -> anyhow::Result<ExitCode> {
     options.sampling.validate()?;
     let end = template.special("eos_token").and_then(|token| tokenizer.token_id(token));
     options.end_tokens.extend(end.filter(|end| !options.end_tokens.contains(end)));
-    let model = source.model_to_run(arguments.precision.format())?;
+    let model = source.model_to_run(arguments.precision.weights, arguments.precision.dtype.weights())?;
     ctrlc::set_handler(interrupted).context("ctrl-C handler")?;
 
     let generator = Generator::new(&model, &tokenizer, arguments.precision.dtype.into());

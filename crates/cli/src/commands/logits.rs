@@ -17,7 +17,8 @@ use crate::token_file::read_tokens;
 /// output that cannot be written; it is whole or not there.
 pub fn execute(arguments: &LogitsArguments) -> anyhow::Result<ExitCode> {
     let file = SafetensorsFile::open(&arguments.tokens)?;
-    let model = Source::new(arguments.model.as_deref()).model()?;
+    let source = Source::new(arguments.model.as_deref());
+    let model = source.model_to_run(arguments.weights, arguments.dtype.weights())?;
     let config = &model.config;
     let sequences = read_tokens(&file, &arguments.key, config.vocab_size)?;
     let (batch, sequence) = (sequences.len(), sequences[0].len());

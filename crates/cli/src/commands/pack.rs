@@ -31,7 +31,7 @@ pub fn execute(arguments: &PackArguments) -> anyhow::Result<ExitCode> {
     if !arguments.force && folder.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
         bail!("{}: holds something already; --force writes over it", folder.display());
     }
-    let model = source.model_to_run(arguments.format)?;
+    let model = source.model_to_run(Some(arguments.format), arguments.format)?;
     save_packed(folder, &model)?;
     match &source {
         Source::Gguf(_) => write_companions(&source, folder)?,

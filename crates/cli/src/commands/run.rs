@@ -26,7 +26,7 @@ pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     };
     options.sampling.validate()?;
     let tokenizer = source.tokenizer()?;
-    let model = source.model_to_run(arguments.precision.format())?;
+    let model = source.model_to_run(arguments.precision.weights, arguments.precision.dtype.weights())?;
     let colours = output::colours();
 
     let mut printer = if arguments.show_experts {

@@ -38,8 +38,10 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
     // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
     unsafe {
         for index in 0..tile.units {
-            for line in 0..L::UNIT_BYTES / 64 {
-                _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
+            if tile.fetch {
+                for line in 0..L::UNIT_BYTES / 64 {
+                    _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
+                }
             }
             for block in 0..L::UNIT_BLOCKS {
                 let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));

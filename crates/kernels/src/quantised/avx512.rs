@@ -8,8 +8,6 @@ use super::layout::{GROUPS, LANES, Layout};
 
 /// Rows that one call takes at most.
 pub(super) const ROWS: usize = 12;
-/// With so few rows the weights come from memory faster than they are used.
-const STREAMING_ROWS: usize = 4;
 /// How far ahead of the codes in use memory is asked for, in bytes.
 const AHEAD: usize = 4096;
 
@@ -46,7 +44,7 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
     // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
     unsafe {
         for index in 0..tile.units {
-            if N <= STREAMING_ROWS {
+            if tile.fetch {
                 for line in 0..L::UNIT_BYTES / 64 {
                     _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
                 }

@@ -27,6 +27,8 @@ pub(super) struct Tile<'a> {
     /// The panel's units, readable.
     pub(super) panel: *const u8,
     pub(super) units: usize,
+    /// Whether the panel comes from memory, and is to be asked for ahead.
+    pub(super) fetch: bool,
     /// Each row's records: one for each block of all units.
     pub(super) rows: &'a [*const Record],
     /// Where the first row's first column goes; nobody else uses these elements.
@@ -108,6 +110,7 @@ pub(super) fn run(
                     let tile = Tile {
                         panel: matrix.panel(panel).as_ptr(),
                         units: matrix.units(),
+                        fetch: block.start == rows.start,
                         rows: &records[..block.len()],
                         c: c.at(first * n + panel * LANES),
                         c_stride: n,

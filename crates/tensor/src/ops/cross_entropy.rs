@@ -26,7 +26,10 @@ pub fn linear_cross_entropy<'p>(
     weight: &'p Param,
     targets: &[u32],
 ) -> Result<Var, TensorError> {
-    let [vocab, hidden] = weight.value().dims()?;
+    let [vocab, hidden] = weight.dims()?;
+    if g.is_recording() {
+        weight.check_trainable()?;
+    }
     let rows = rows_of("linear_cross_entropy input", x, hidden)?;
     assert_eq!(rows, targets.len(), "a target for each token");
     let precision = g.precision();
@@ -35,9 +38,10 @@ pub fn linear_cross_entropy<'p>(
     let mut losses = vec![0.0; rows];
     for first in (0..rows).step_by(CHUNK) {
         let chunk = first..rows.min(first + CHUNK);
-        let x = Mat::new(&x.data()[chunk.start * hidden..chunk.end * hidden], chunk.len(), hidden);
+        let x_rows = &x.data()[chunk.start * hidden..chunk.end * hidden];
+        let x = Mat::new(x_rows, chunk.len(), hidden);
         let mut logits = Buffer::scratch(chunk.len() * vocab);
-        matmul_packed(x, &weight.packed_forward(precision)[0], &mut logits, Beta::Overwrite);
+        weight.product(precision, x_rows, &mut logits);
         let Some((dx, dw)) = &mut made else {
             loss::cross_entropy_rows(&logits, &targets[chunk.clone()], &mut losses[chunk]);
             continue;

@@ -32,7 +32,8 @@ const SEED: u64 = 1;
 /// A model that cannot be read, a shape that nobody knows or that does not fit into memory, sequences longer than the
 /// model's context, an output that cannot be written.
 pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
-    let (precision, format) = (Precision::from(arguments.precision.dtype), arguments.precision.format());
+    let (precision, asked) = (Precision::from(arguments.precision.dtype), arguments.precision.weights);
+    let or = arguments.precision.dtype.weights();
     if let (Some(shape), Some(folder)) = (&arguments.random_weights, &arguments.out) {
         shapes::write_random(folder, &published(shape)?, SEED)?;
         output::note(&format!("{}: written in bf16", folder.display()));
@@ -40,10 +41,10 @@ pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
     }
     let started = Instant::now();
     let (name, model) = match &arguments.random_weights {
-        Some(shape) => (format!("{shape}, random weights"), random_model(shape, format)?),
+        Some(shape) => (format!("{shape}, random weights"), random_model(shape, asked.unwrap_or(or))?),
         None => {
             let name = arguments.model.as_ref().map_or("shipped".into(), |path| path.display().to_string());
-            (name, Source::new(arguments.model.as_deref()).model_to_run(format)?)
+            (name, Source::new(arguments.model.as_deref()).model_to_run(asked, or)?)
         }
     };
     let load_seconds = started.elapsed().as_secs_f64();
