@@ -27,8 +27,9 @@ fn what_cannot_be_exported_leaves_no_file() {
     let model = write_model(&folder.path().join("model"));
     let file = folder.path().join("model.gguf");
     let arguments = ["export", text(&model), "--gguf", text(&file)];
-    std::fs::write(model.join("tokenizer.json"), r#"{"model":{"type":"Unigram"}}"#).unwrap();
-    assert_fails("tokenizer", &run(&arguments), &["tokenizer.json", "byte-level BPE", "Unigram"]);
+    let words = r#"{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}}"#;
+    std::fs::write(model.join("tokenizer.json"), words).unwrap();
+    assert_fails("tokenizer", &run(&arguments), &["tokenizer.json", "byte-level BPE", "WordLevel"]);
     std::fs::remove_file(model.join("tokenizer.json")).unwrap();
     assert_fails("no tokenizer", &run(&arguments), &["tokenizer.json"]);
     assert!(!file.exists());

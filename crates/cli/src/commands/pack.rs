@@ -31,11 +31,11 @@ pub fn execute(arguments: &PackArguments) -> anyhow::Result<ExitCode> {
     if !arguments.force && folder.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
         bail!("{}: holds something already; --force writes over it", folder.display());
     }
+    let companions = companions(&source, &arguments.model)?;
     let model = source.model_to_run(Some(arguments.format), arguments.format)?;
     save_packed(folder, &model)?;
-    match &source {
-        Source::Gguf(_) => write_companions(&source, folder)?,
-        _ => copy_companions(&arguments.model, folder)?,
+    for (name, bytes) in &companions {
+        atomic_write(&folder.join(name), bytes)?;
     }
     let bytes: usize = model.params().iter().map(|param| param.bytes()).sum();
     let bits = 8.0 * bytes as f64 / model.count_params().total as f64;
@@ -43,26 +43,27 @@ pub fn execute(arguments: &PackArguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a GGUF file says beside its weights, as the files that a folder has.
-fn write_companions(source: &Source, to: &Path) -> anyhow::Result<()> {
-    let write = |name: &str, text: &str| atomic_write(&to.join(name), text.as_bytes());
-    write("tokenizer.json", &source.tokenizer()?.to_json()?)?;
-    let ends = source.generation_defaults()?.end_tokens;
-    write("generation_config.json", &format!("{}\n", serde_json::json!({ "eos_token_id": ends })))?;
-    if let Some(template) = source.chat_template()? {
-        write("chat_template.jinja", template.source())?;
-        write("special_tokens_map.json", &format!("{}\n", serde_json::json!(template.specials())))?;
+/// The files that stand beside the weights: those of the folder, or what a GGUF file says besides, in such files.
+fn companions(source: &Source, path: &Path) -> anyhow::Result<Vec<(&'static str, Vec<u8>)>> {
+    let Source::Gguf(_) = source else {
+        let there = COMPANIONS.into_iter().filter(|name| path.join(name).is_file());
+        let read = |name| {
+            let file = path.join(name);
+            Ok((name, std::fs::read(&file).with_context(|| file.display().to_string())?))
+        };
+        return there.map(read).collect();
+    };
+    let mut files = Vec::new();
+    match source.tokenizer().and_then(|tokenizer| Ok(tokenizer.to_json()?)) {
+        Ok(json) => files.push(("tokenizer.json", json.into_bytes())),
+        Err(error) => output::note(&format!("no tokenizer is written: {error}")),
     }
-    Ok(())
-}
-
-fn copy_companions(from: &Path, to: &Path) -> anyhow::Result<()> {
-    for name in COMPANIONS {
-        let source = from.join(name);
-        if source.is_file() {
-            let bytes = std::fs::read(&source).with_context(|| source.display().to_string())?;
-            atomic_write(&to.join(name), &bytes)?;
-        }
+    let ends = serde_json::json!({ "eos_token_id": source.generation_defaults()?.end_tokens });
+    files.push(("generation_config.json", format!("{ends}\n").into_bytes()));
+    if let Some(template) = source.chat_template().ok().flatten() {
+        files.push(("chat_template.jinja", template.source().as_bytes().to_vec()));
+        let specials = serde_json::json!(template.specials());
+        files.push(("special_tokens_map.json", format!("{specials}\n").into_bytes()));
     }
-    Ok(())
+    Ok(files)
 }

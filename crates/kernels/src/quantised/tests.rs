@@ -1,3 +1,5 @@
+//! Quantised products against exact ones, and against themselves in other company.
+
 use super::*;
 use crate::formats::Format;
 use crate::isa::{Isa, with_isa};
