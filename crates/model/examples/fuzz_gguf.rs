@@ -95,6 +95,7 @@ fn sound(ffn: Ffn, format: Format) -> (Vec<u8>, usize) {
         window: None,
         tie_embeddings: moe,
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn,
         router_aux_loss_coef: 0.0,
         bos_token: Some(0),

@@ -20,6 +20,8 @@ pub(crate) struct Attention {
     pub(crate) o: Param,
     /// The norms' weights of queries and keys, if they are normed.
     pub(crate) norms: Option<[Param; 2]>,
+    /// The biases of queries, keys and values, if they have them.
+    pub(crate) biases: Option<[Param; 3]>,
 }
 
 /// What all layers' attention has in common.
@@ -86,11 +88,15 @@ impl Attention {
         let table = plan.rope.covering(batch.positions.iter().max().map_or(0, |&last| last as usize + 1));
         let rotate = |x: Var, heads| ops::rope(g, &x, heads, shape.head_dim, &batch.positions, &table);
         let (mut q, mut k) = (ops::linear(g, x, &self.q)?, ops::linear(g, x, &self.k)?);
+        let mut v = ops::linear(g, x, &self.v)?;
+        if let Some([q_bias, k_bias, v_bias]) = &self.biases {
+            (q, k) = (ops::add_bias(g, &q, q_bias)?, ops::add_bias(g, &k, k_bias)?);
+            v = ops::add_bias(g, &v, v_bias)?;
+        }
         if let Some([q_norm, k_norm]) = &self.norms {
             (q, k) = (ops::rms_norm(g, &q, q_norm, plan.eps)?, ops::rms_norm(g, &k, k_norm, plan.eps)?);
         }
         let (q, k) = (rotate(q, shape.n_heads)?, rotate(k, shape.n_kv_heads)?);
-        let v = ops::linear(g, x, &self.v)?;
         let attended = match caches {
             None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,
             Some(caches) => attend_cached(shape, &q, [k.data(), v.data()], batch, caches),
@@ -99,12 +105,15 @@ impl Attention {
     }
 
     pub(crate) fn params(&self) -> impl Iterator<Item = &Param> {
-        [&self.q, &self.k, &self.v, &self.o].into_iter().chain(self.norms.iter().flatten())
+        [&self.q, &self.k, &self.v, &self.o]
+            .into_iter()
+            .chain(self.norms.iter().flatten())
+            .chain(self.biases.iter().flatten())
     }
 
     pub(crate) fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
-        let Self { q, k, v, o, norms } = self;
-        [q, k, v, o].into_iter().chain(norms.iter_mut().flatten())
+        let Self { q, k, v, o, norms, biases } = self;
+        [q, k, v, o].into_iter().chain(norms.iter_mut().flatten()).chain(biases.iter_mut().flatten())
     }
 }
 

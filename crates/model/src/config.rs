@@ -29,6 +29,8 @@ pub struct ModelConfig {
     pub tie_embeddings: bool,
     /// The norm of queries and keys before their rotation.
     pub qk_norm: QkNorm,
+    /// Whether queries, keys and values have biases.
+    pub qkv_bias: bool,
     /// The feed-forward part of every layer.
     pub ffn: Ffn,
     /// Weight of the load-balancing loss in training.

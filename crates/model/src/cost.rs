@@ -172,6 +172,7 @@ mod tests {
             window,
             tie_embeddings,
             qk_norm: crate::QkNorm::None,
+            qkv_bias: false,
             ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 32, renormalise: true },
             router_aux_loss_coef: 0.0,
             bos_token: None,

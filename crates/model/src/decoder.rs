@@ -57,6 +57,7 @@ impl Model {
             let mut value = Tensor::zeros(shape);
             match name.rsplit('.').next() {
                 Some(name) if name.ends_with("norm") => value.data_mut().fill(1.0),
+                Some(name) if name.ends_with("bias") => {}
                 Some("o" | "down") => rng.fill_normal(value.data_mut(), residual),
                 _ => rng.fill_normal(value.data_mut(), INITIAL_DEVIATION),
             }
@@ -98,6 +99,7 @@ impl Model {
                     v: param("attention.v", &[keys, hidden])?,
                     o: param("attention.o", &[hidden, queries])?,
                     norms: build_norms(config, &mut param)?,
+                    biases: build_biases(config, [queries, keys, keys], &mut param)?,
                 },
                 ffn_norm: param("ffn_norm", &[hidden])?,
                 ffn: build_feed_forward(config, &mut param)?,
@@ -253,6 +255,16 @@ fn build_norms(config: &ModelConfig, param: &mut Make<'_, Param>) -> Result<Opti
         (Some(q), Some(k)) => Ok(Some([param("attention.q_norm", &[q])?, param("attention.k_norm", &[k])?])),
         _ => Ok(None),
     }
+}
+
+/// The biases of queries, keys and values, if the model has them.
+fn build_biases(
+    config: &ModelConfig,
+    [q, k, v]: [usize; 3],
+    param: &mut Make<'_, Param>,
+) -> Result<Option<[Param; 3]>, ModelError> {
+    let mut bias = |letter: &str, width| param(&format!("attention.{letter}_bias"), &[width]);
+    Ok(if config.qkv_bias { Some([bias("q", q)?, bias("k", k)?, bias("v", v)?]) } else { None })
 }
 
 fn build_feed_forward(config: &ModelConfig, param: &mut Make<'_, Param>) -> Result<FeedForward, ModelError> {

@@ -110,6 +110,7 @@ pub fn published(text: &str) -> Result<ModelConfig, String> {
         window: None,
         tie_embeddings: false,
         qk_norm: shape.qk_norm,
+        qkv_bias: false,
         ffn: Ffn::Moe {
             n_experts: shape.experts[0],
             top_k: shape.experts[1],

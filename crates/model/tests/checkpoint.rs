@@ -21,6 +21,7 @@ fn config() -> ModelConfig {
         window: None,
         tie_embeddings: false,
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn: Ffn::Moe { n_experts: 3, top_k: 2, width: 6, renormalise: true },
         router_aux_loss_coef: 0.01,
         bos_token: None,

@@ -20,6 +20,7 @@ fn config(family: &str, ffn: Ffn, tie_embeddings: bool) -> ModelConfig {
         window: None,
         tie_embeddings,
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn,
         router_aux_loss_coef: 0.0,
         bos_token: Some(1),
@@ -55,12 +56,14 @@ fn exact_formats_bring_a_model_back_whole() {
     let raw = Ffn::Moe { n_experts: 3, top_k: 2, width: 32, renormalise: false };
     for (family, ffn, qk_norm, tied) in [
         ("llama", Ffn::Dense { width: 96 }, QkNorm::None, true),
+        ("qwen2", Ffn::Dense { width: 96 }, QkNorm::None, false),
         ("qwen3", Ffn::Dense { width: 96 }, QkNorm::Head, true),
         ("mixtral", MOE, QkNorm::None, false),
         ("olmoe", raw, QkNorm::Projection, false),
         ("qwen3_moe", MOE, QkNorm::Head, false),
     ] {
-        let model = Model::new(&ModelConfig { qk_norm, ..config(family, ffn, tied) }, 5).unwrap();
+        let qkv_bias = family == "qwen2";
+        let model = Model::new(&ModelConfig { qk_norm, qkv_bias, ..config(family, ffn, tied) }, 5).unwrap();
         let path = export(folder.path(), &model, Format::F32);
         let again = Model::load(&Checkpoint::open(&path).unwrap()).unwrap();
         assert_eq!(

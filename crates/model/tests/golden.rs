@@ -30,7 +30,7 @@ fn goldens() -> Vec<Golden> {
         let sequences = tokens.chunks(ids.shape[1]).map(<[u32]>::to_vec).collect();
         Golden { name, model, expected, sequences }
     };
-    ["mixtral", "mixtral_window_tied", "olmoe", "qwen3", "qwen3_moe", "llama"].map(open).into()
+    ["mixtral", "mixtral_window_tied", "olmoe", "qwen2", "qwen3", "qwen3_moe", "llama"].map(open).into()
 }
 
 impl Golden {

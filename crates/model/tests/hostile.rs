@@ -21,6 +21,7 @@ static SOUND: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
         window: Some(4),
         tie_embeddings: false,
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn: Ffn::Moe { n_experts: 2, top_k: 1, width: 2, renormalise: true },
         router_aux_loss_coef: 0.01,
         bos_token: Some(0),

@@ -23,6 +23,7 @@ fn model(window: Option<usize>) -> Model {
         window,
         tie_embeddings: window.is_some(),
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn: Ffn::Moe { n_experts: 5, top_k: 2, width: 200, renormalise: true },
         router_aux_loss_coef: 0.01,
         bos_token: None,

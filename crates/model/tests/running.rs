@@ -28,6 +28,7 @@ fn config() -> ModelConfig {
         window: None,
         tie_embeddings: false,
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 256, renormalise: true },
         router_aux_loss_coef: 0.0,
         bos_token: None,

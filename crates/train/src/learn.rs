@@ -71,6 +71,7 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
         window: None,
         tie_embeddings: model.tied_embeddings,
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn,
         router_aux_loss_coef: recipe.balance.load_balancing,
         bos_token: Some(END_OF_TEXT_ID),

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::driver::Kernel;
-use super::layout::{BLOCK, GROUPS, LANES, Layout};
+use super::layout::{BLOCK, LANES, Layout};
 use super::q4::{Float, Linear, NonLinear, Q4};
 use super::q4_k::Q4K;
 use super::q6_k::Q6K;
@@ -189,7 +189,6 @@ impl QuantisedMatrix {
             }
         }
         assert!(row < self.n && out.len() == self.k, "row {row} of {self:?} into {} numbers", out.len());
-        debug_assert_eq!(GROUPS * 4, BLOCK);
         with_layout!(self.format, decode(self.panel(row / LANES), row % LANES, out));
     }
 

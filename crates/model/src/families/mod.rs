@@ -6,6 +6,7 @@ mod llama;
 mod mistral;
 mod mixtral;
 mod olmoe;
+mod qwen2;
 mod qwen3;
 mod qwen3_moe;
 mod shared;
@@ -44,7 +45,7 @@ pub struct TensorMap {
 
 /// All families, in the order of their names.
 pub fn all() -> &'static [Family] {
-    &[llama::FAMILY, mistral::FAMILY, mixtral::FAMILY, olmoe::FAMILY, qwen3::FAMILY, qwen3_moe::FAMILY]
+    &[llama::FAMILY, mistral::FAMILY, mixtral::FAMILY, olmoe::FAMILY, qwen2::FAMILY, qwen3::FAMILY, qwen3_moe::FAMILY]
 }
 
 /// The family of that name or `model_type`.

@@ -50,6 +50,7 @@ pub(super) fn read(
         window,
         tie_embeddings: keys.flag("tie_word_embeddings", false)?,
         qk_norm: QkNorm::None,
+        qkv_bias: false,
         ffn,
         router_aux_loss_coef: 0.0,
         bos_token: keys.token_ids("bos_token_id")?.first().copied(),
@@ -154,6 +155,11 @@ pub(super) fn tensors(config: &ModelConfig, feed_forward: impl Fn(usize) -> Vec<
         {
             let name = format!("{theirs}.self_attn.{letter}_proj");
             all.push(matrix(&name, &format!("{ours}.attention.{letter}"), rows, cols));
+        }
+        for (letter, width) in [("q", queries), ("k", keys), ("v", keys)].into_iter().filter(|_| config.qkv_bias) {
+            let ours = format!("{ours}.attention.{letter}_bias");
+            let file_name = format!("{theirs}.self_attn.{letter}_proj.bias");
+            all.push(TensorMap { file_name, file_shape: vec![width], param: ours, rows: 0..1 });
         }
         for (letter, heads) in [("q", config.n_heads), ("k", config.n_kv_heads)] {
             if let Some(width) = config.qk_norm.width(heads, config.head_dim) {

@@ -2,6 +2,7 @@
 
 mod arithmetic;
 mod attention;
+mod bias;
 mod cross_entropy;
 mod embedding;
 mod linear;
@@ -11,6 +12,7 @@ mod swiglu;
 
 pub use arithmetic::{add, mean, scale, sum, weighted_sum};
 pub use attention::attention;
+pub use bias::add_bias;
 pub use cross_entropy::{cross_entropy, linear_cross_entropy};
 pub use embedding::embedding;
 pub use linear::{linear, linear_f32};
