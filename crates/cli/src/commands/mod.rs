@@ -5,6 +5,7 @@ pub mod chat;
 pub mod check;
 pub mod eval;
 pub mod export;
+pub mod load;
 pub mod logits;
 pub mod pack;
 pub mod run;

@@ -48,7 +48,16 @@ fn nothing_points_to_another_host() {
 
 #[test]
 fn scripts_never_make_html_from_text() {
-    let ways = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "srcdoc", "DOMParser"];
+    let ways = [
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "new Function",
+        "srcdoc",
+        "DOMParser",
+    ];
     for asset in ASSETS {
         let found = ways.iter().filter(|way| asset.text.contains(**way)).collect::<Vec<_>>();
         assert!(found.is_empty(), "{}: {found:?}", asset.name);

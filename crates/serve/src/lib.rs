@@ -1,0 +1,4 @@
+//! The HTTP server.
+#![forbid(unsafe_code)]
+
+pub mod page;
