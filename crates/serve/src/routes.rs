@@ -12,7 +12,7 @@ use axum::routing::{get, post};
 use serde_json::json;
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
-use crate::api::{chat, completions, models, moebius, tokens};
+use crate::api::{chat, completions, embeddings, messages, models, moebius, openapi, responses, tokens};
 use crate::error::ApiError;
 use crate::parts::generation::Caller;
 use crate::state::App;
@@ -30,13 +30,17 @@ pub fn router(app: App) -> Router {
         .route("/v1/models/{model}", get(models::one))
         .route("/v1/chat/completions", post(chat::answer))
         .route("/v1/completions", post(completions::answer))
+        .route("/v1/embeddings", post(embeddings::answer))
+        .route("/v1/messages", post(messages::answer))
+        .route("/v1/messages/count_tokens", post(messages::count))
+        .route("/v1/responses", post(responses::answer))
         .route("/v1/moebius/model", get(moebius::model))
         .route("/v1/moebius/stats", get(moebius::stats))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/metrics", get(metrics::answer))
         .route_layer(from_fn_with_state(app.clone(), check_key));
-    let open = Router::new().route("/health", get(health)).route("/ready", get(ready)).merge(page::routes());
+    let open = Router::new().route("/health", get(health)).route("/ready", get(ready)).route("/openapi.json", get(openapi::document)).merge(page::routes());
     let cors = cors(&app);
     let router = guarded
         .merge(open)

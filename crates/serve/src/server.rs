@@ -8,7 +8,7 @@ use moebius_engine::Tokenizer;
 use moebius_engine::scheduler::Stop;
 use moebius_model::Model;
 use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 
 use crate::error::ApiError;
@@ -47,6 +47,7 @@ pub struct Server {
     tokenizer: Arc<Tokenizer>,
     address: SocketAddr,
     talking: JoinHandle<()>,
+    handle: Handle,
     end: watch::Sender<bool>,
 }
 
@@ -86,8 +87,9 @@ impl Server {
         let listener = runtime.block_on(TcpListener::bind(address)).map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let (end, ended) = watch::channel(false);
+        let handle = runtime.handle().clone();
         let talking = talk(runtime, listener, app.clone(), ended).map_err(ServeError::Threads)?;
-        Ok(Self { app, model: served.model, tokenizer, address, talking, end })
+        Ok(Self { app, model: served.model, tokenizer, address, talking, handle, end })
     }
 
     /// Where it listens.
@@ -98,6 +100,21 @@ impl Server {
     /// What ends it.
     pub fn ender(&self) -> Ender {
         Ender { app: self.app.clone(), end: self.end.clone() }
+    }
+
+    /// Has SIGINT (ctrl-C) and SIGTERM end the server, each further one at once.
+    pub fn end_on_signals(&self) {
+        let ender = self.ender();
+        self.handle.spawn(async move {
+            loop {
+                if let Err(error) = signal().await {
+                    tracing::warn!(%error, "signals cannot be heard");
+                    return;
+                }
+                tracing::info!("asked to end");
+                ender.end();
+            }
+        });
     }
 
     /// Answers until it is ended: computes on this thread, best one of the pool that the kernels compute with.
@@ -124,4 +141,21 @@ fn talk(
         // Whoever still prepares a request is not waited for.
         runtime.shutdown_background();
     })
+}
+
+/// Waits for a signal to end.
+#[cfg(unix)]
+async fn signal() -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        result = tokio::signal::ctrl_c() => result,
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
+/// Waits for a signal to end.
+#[cfg(not(unix))]
+async fn signal() -> std::io::Result<()> {
+    tokio::signal::ctrl_c().await
 }

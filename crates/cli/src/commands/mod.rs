@@ -5,9 +5,11 @@ pub mod chat;
 pub mod check;
 pub mod eval;
 pub mod export;
+pub mod load;
 pub mod logits;
 pub mod pack;
 pub mod run;
+pub mod serve;
 pub mod train;
 
 use moebius_engine::{GenerationDefaults, GenerationOptions, SamplingOptions};

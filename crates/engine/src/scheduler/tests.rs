@@ -289,7 +289,7 @@ fn texts_keep_to_their_grammar() {
 #[test]
 fn too_many_are_refused_and_the_impossible_at_once() {
     let model = small_model(CONTEXT);
-    let scheduler = Scheduler::new(&model, SchedulerOptions { most_waiting: 2, cache_bytes: 1 << 16, ..options() });
+    let scheduler = Scheduler::new(&model, SchedulerOptions { most_waiting: 2, cache_bytes: 1 << 14, ..options() });
     let asked: Vec<_> = (0..2).map(|_| ask(&scheduler, 0, &[65], write(1, 3)).unwrap()).collect();
     match ask(&scheduler, 0, &[65], write(1, 3)).err().unwrap() {
         Refusal::Full { waiting: 2, retry_after } => assert!(retry_after.as_secs() >= 1),

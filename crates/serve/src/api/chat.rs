@@ -6,18 +6,17 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use moebius_engine::Grammar;
-use moebius_engine::scheduler::Generate;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::request;
 use crate::body::JsonBody;
 use crate::error::ApiError;
+use crate::parts::conversation::Ask;
 use crate::parts::generation::{Caller, Running, Usage, Written};
 use crate::parts::output::{Answer, OutputReader};
-use crate::parts::prompt::{Chat, blocking};
 use crate::parts::sampling::{Ignored, choices, refuse, top_scores};
-use crate::parts::tools::{Call, Tool, ToolChoice, ToolChoiceField, instructions};
+use crate::parts::tools::{Call, Tool, ToolChoice, ToolChoiceField};
 use crate::sse::stream_events;
 use crate::state::{App, now};
 
@@ -151,31 +150,23 @@ pub async fn answer(
     Extension(caller): Extension<Caller>,
     JsonBody(request): JsonBody<ChatRequest>,
 ) -> Result<Response, ApiError> {
-    app.check_model(&request.model)?;
     let streams = request.stream.unwrap_or(false);
     let include_usage = request.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
-    if request.stream_options.is_some() && !streams {
-        let message = "The 'stream_options' parameter is only allowed when 'stream' is enabled.";
-        return Err(ApiError::invalid("stream_options", message));
-    }
-    let prepared = prepare(&app, request).await?;
-    let n = prepared.generates.len();
-    let running = Running::generate(&app, caller, prepared.prompt, prepared.generates).await?;
+    let ask = read(&app, request)?;
+    let (n, scores, routing) = (ask.n, ask.scores.is_some(), ask.routing);
+    let ready = ask.prepare(&app).await?;
+    let (id, created) = (app.new_id("chatcmpl-"), now());
+    let running = Running::generate(&app, caller, ready.prompt, ready.generates).await?;
+    let answering = Answering { app, id, created, reader: ready.reader, scores, routing };
     if streams {
-        return Ok(stream_events(running, stream::Chunks::new(prepared.answering, n, include_usage)));
+        return Ok(stream_events(running, stream::Chunks::new(answering, n, include_usage)));
     }
     let written = running.collect(n).await?;
-    Ok(Json(prepared.answering.whole(written)).into_response())
+    Ok(Json(answering.whole(written)).into_response())
 }
 
-/// A request that the engine can take.
-struct Prepared {
-    prompt: Vec<u32>,
-    generates: Vec<Generate>,
-    answering: Answering,
-}
-
-async fn prepare(app: &App, mut request: ChatRequest) -> Result<Prepared, ApiError> {
+/// What is asked, checked as far as it is this interface's affair; and whether scores are told.
+fn read(app: &App, mut request: ChatRequest) -> Result<Ask, ApiError> {
     for (name, field) in [
         ("functions", &request.functions),
         ("function_call", &request.function_call),
@@ -187,8 +178,9 @@ async fn prepare(app: &App, mut request: ChatRequest) -> Result<Prepared, ApiErr
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(ApiError::unsupported("modalities", "This model writes text only."));
     }
-    if request.messages.is_empty() {
-        return Err(ApiError::invalid("messages", "Invalid 'messages': wanted at least one message."));
+    if request.stream_options.is_some() && request.stream != Some(true) {
+        let message = "The 'stream_options' parameter is only allowed when 'stream' is enabled.";
+        return Err(ApiError::invalid("stream_options", message));
     }
     let n = choices("n", request.n)?;
     let scores = request.logprobs.unwrap_or(false);
@@ -202,82 +194,25 @@ async fn prepare(app: &App, mut request: ChatRequest) -> Result<Prepared, ApiErr
     }
     let tools = Tool::list(request.tools.take())?;
     let choice = ToolChoice::read(request.tool_choice.take(), &tools)?;
-    let offered = if choice == ToolChoice::None { &[][..] } else { &tools };
     let mut fields = request.sampling();
     fields.max_tokens = request.max_completion_tokens.or(fields.max_tokens);
-    let mut generates = fields.generates(app, n)?;
-    let parallel = request.parallel_tool_calls.unwrap_or(true);
-    let grammar = wanted_form(app, request.response_format.take(), &choice, &tools, parallel)?;
-    let constraints = compile(app, grammar, n).await?;
-    for (generate, constraint) in generates.iter_mut().zip(constraints) {
-        generate.scores = scores.then_some(top);
-        generate.trace_experts = routing;
-        generate.show_special = !offered.is_empty() && app.tool_format.has_special();
-        generate.constraint = constraint;
-    }
     let mut variables = request.chat_template_kwargs.take().unwrap_or_default();
     if let Some(effort) = request.reasoning_effort.take() {
         variables.entry("reasoning_effort").or_insert(effort.into());
     }
-    let chat = conversation(app, request.messages, offered, variables);
-    let rendered = app.render(chat).await?;
-    let thinks = app.template.as_ref().is_some_and(|template| template.source().contains("<think>"));
-    let calls = (!offered.is_empty()).then_some(app.tool_format);
-    let answering = Answering {
-        app: app.clone(),
-        id: app.new_id("chatcmpl-"),
-        created: now(),
-        reader: OutputReader::new(thinks, rendered.in_thoughts, calls),
-        scores,
+    app.check_model(&request.model)?;
+    Ok(Ask {
+        messages: request.messages,
+        tools,
+        choice,
+        parallel: request.parallel_tool_calls.unwrap_or(true),
+        variables,
+        form: request.response_format.and_then(ResponseFormat::grammar),
+        fields,
+        n,
+        scores: scores.then_some(top),
         routing,
-    };
-    Ok(Prepared { prompt: rendered.tokens, generates, answering })
-}
-
-/// The form that the answer must have, by what it must call or what it must be.
-pub(super) fn wanted_form(
-    app: &App,
-    format: Option<ResponseFormat>,
-    choice: &ToolChoice,
-    tools: &[Tool],
-    parallel: bool,
-) -> Result<Option<Grammar>, ApiError> {
-    let forced: Vec<Tool> = choice.forced(tools).into_iter().cloned().collect();
-    let form = format.and_then(ResponseFormat::grammar);
-    match (forced.is_empty(), form) {
-        (true, form) => Ok(form),
-        (false, None) => Ok(Some(app.tool_format.grammar(&forced, parallel, &app.tokenizer))),
-        (false, Some(_)) => {
-            Err(ApiError::invalid("response_format", "A call of a tool and a form of the text cannot both be demanded."))
-        }
-    }
-}
-
-/// A constraint for each text, made where it may take its time.
-pub(super) async fn compile(
-    app: &App,
-    grammar: Option<Grammar>,
-    n: usize,
-) -> Result<Vec<Option<moebius_engine::Constraint>>, ApiError> {
-    let Some(grammar) = grammar else { return Ok((0..n).map(|_| None).collect()) };
-    let app = app.clone();
-    blocking(move || (0..n).map(|_| Ok(Some(app.compiler.compile(&grammar)?))).collect()).await
-}
-
-/// The conversation as the template gets it: tools beside it, or where the template knows none, told in a system message.
-pub(super) fn conversation(app: &App, mut messages: Vec<Value>, tools: &[Tool], variables: Map<String, Value>) -> Chat {
-    let told = app.tool_format != crate::parts::tools::ToolFormat::Hermes { told: false };
-    if !told && !tools.is_empty() {
-        let text = instructions(tools);
-        match messages.first_mut().filter(|first| first["role"] == "system") {
-            Some(first) if first["content"].is_string() => {
-                first["content"] = format!("{}\n\n{text}", first["content"].as_str().unwrap_or_default()).into();
-            }
-            _ => messages.insert(0, json!({"role": "system", "content": text})),
-        }
-    }
-    let tools = if told { tools.iter().map(Tool::for_template).collect() } else { Vec::new() };
-    Chat { messages, tools, variables }
+    })
 }
 
 impl Answering {

@@ -7,10 +7,11 @@ use moebius_engine::scheduler::{Generate, News, Task, TokenScore};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::chat::{ResponseFormat, StreamOptions, compile};
+use super::chat::{ResponseFormat, StreamOptions};
 use super::request;
 use crate::body::JsonBody;
 use crate::error::ApiError;
+use crate::parts::conversation::compile;
 use crate::parts::generation::{Caller, Running, Usage, Written, finish_reason, finite};
 use crate::parts::sampling::{Ignored, MOST_CHOICES, choices, refuse};
 use crate::sse::{Event, Events, stream_events};

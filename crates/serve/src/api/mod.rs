@@ -2,8 +2,12 @@
 
 pub mod chat;
 pub mod completions;
+pub mod embeddings;
+pub mod messages;
 pub mod models;
 pub mod moebius;
+pub mod openapi;
+pub mod responses;
 pub mod tokens;
 
 /// Declares a request whose fields are known by name: those of sampling, those listed, and those that change nothing.

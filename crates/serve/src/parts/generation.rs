@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 
-use moebius_engine::scheduler::{Generate, News, Outcome, Piece, Pooling, Receiver, Request, Task, TokenScore};
+use moebius_engine::scheduler::{Generate, News, Outcome, Piece, Receiver, Request, Task, TokenScore};
 use moebius_engine::{Finish, TokenExperts};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -167,11 +167,6 @@ impl Written {
     pub fn finish_reason(&self) -> &'static str {
         self.outcome.as_ref().map_or("stop", |outcome| finish_reason(&outcome.finish))
     }
-}
-
-/// A task that gives a vector.
-pub fn embed(pooling: Pooling) -> Task {
-    Task::Embed(pooling)
 }
 
 /// Why a text ended, in OpenAI's words.
