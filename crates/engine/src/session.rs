@@ -65,6 +65,11 @@ impl<'m> Session<'m> {
         &self.tokens
     }
 
+    /// The fewest positions that [`Session::rewind`] can go back to.
+    pub fn earliest(&self) -> usize {
+        self.cache.earliest()
+    }
+
     /// Forgets all but the first `positions` tokens, so that another text may follow them.
     pub fn rewind(&mut self, positions: usize) {
         self.tokens.truncate(positions);

@@ -1,7 +1,7 @@
 //! Small tokenizers for the tests of this crate.
 
 use crate::Tokenizer;
-use moebius_model::{Ffn, Model, ModelConfig, QkNorm};
+use moebius_model::{Ffn, Model, UniformDecoder};
 
 /// The 256 byte tokens of GPT-2's alphabet, in byte order, and an end token 256.
 pub fn byte_level() -> Tokenizer {
@@ -41,8 +41,8 @@ fn tokenizer(decoder: &serde_json::Value, model: &serde_json::Value, end: u32) -
 
 /// A model of the byte tokenizer's 257 tokens with a context of `max_positions`.
 pub fn small_model(max_positions: usize) -> Model {
-    let config = ModelConfig {
-        family: "mixtral".into(),
+    let config = UniformDecoder {
+        family: "mixtral",
         vocab_size: 257,
         hidden: 32,
         n_layers: 2,
@@ -50,17 +50,10 @@ pub fn small_model(max_positions: usize) -> Model {
         n_kv_heads: 2,
         head_dim: 8,
         max_positions,
-        rope_theta: 1e4,
-        rms_eps: 1e-5,
-        window: None,
-        tie_embeddings: false,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
-        ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 24, renormalise: true },
-        router_aux_loss_coef: 0.0,
-        bos_token: None,
-        eos_tokens: vec![],
-    };
+        ffn: Ffn::moe_of(4, 2, 24, true),
+        ..UniformDecoder::default()
+    }
+    .config();
     let mut model = Model::new(&config, 3).expect("a sound configuration");
     // Large weights, so that the model has opinions.
     for param in model.params_mut().into_iter().filter(|param| !param.name().ends_with("norm")) {

@@ -161,7 +161,7 @@ fn card(served: &ServedModel, name: &str, kv_bytes_per_token: usize) -> ModelCar
     ModelCard {
         name: name.to_string(),
         family: config.family.clone(),
-        layers: config.n_layers,
+        layers: config.layers.len(),
         moe_layers,
         n_experts,
         top_k,

@@ -53,6 +53,12 @@ impl<'m> Paged<'m> {
         Self { session, pages: Vec::new(), page_bytes, gauge: gauge.clone() }
     }
 
+    /// Whether the session can go back to the end of that many pages: one with a state that holds only where it is cannot.
+    pub(super) fn can_go_back(&self, pages: usize) -> bool {
+        let positions = pages * Session::BLOCK;
+        positions == self.session.position() || self.session.earliest() <= positions
+    }
+
     /// A session that has read the first `pages` pages of this one and shares them.
     pub(super) fn fork(&self, pages: usize) -> Self {
         let mut session = self.session.clone();

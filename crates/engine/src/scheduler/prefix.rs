@@ -25,6 +25,12 @@ struct Node<'m> {
     used: u64,
 }
 
+impl Node<'_> {
+    fn serves(&self) -> bool {
+        self.held.as_ref().is_some_and(|held| held.borrow().can_go_back(self.depth))
+    }
+}
+
 /// The tree, with a root for each tenant: nobody learns from the time that an answer takes what others have asked.
 #[derive(Default)]
 pub(super) struct PrefixTree<'m> {
@@ -43,7 +49,9 @@ impl<'m> PrefixTree<'m> {
         for run in tokens.chunks_exact(Session::BLOCK) {
             let Some(child) = node.children.get(run) else { break };
             node = &self.nodes[child];
-            pages += 1;
+            if node.serves() {
+                pages = node.depth;
+            }
         }
         pages
     }
@@ -55,6 +63,10 @@ impl<'m> PrefixTree<'m> {
             let Some(&child) = self.nodes[&id].children.get(run) else { break };
             id = child;
         }
+        // A session with a state that cannot go back serves only the node where it is.
+        while !self.nodes[&id].serves() {
+            id = self.nodes[&id].parent?;
+        }
         self.touch(id);
         let node = &self.nodes[&id];
         node.held.as_ref().map(|held| held.borrow().fork(node.depth))
@@ -63,7 +75,7 @@ impl<'m> PrefixTree<'m> {
     /// Keeps the whole pages of what a session has read.
     pub(super) fn insert(&mut self, tenant: u64, read: &Paged<'m>) {
         let tokens = read.session.tokens();
-        if read.whole_pages() <= self.covered(tenant, tokens) {
+        if read.whole_pages() <= self.covered(tenant, tokens) || !read.can_go_back(read.whole_pages()) {
             return;
         }
         let held = Rc::new(RefCell::new(read.fork(read.whole_pages())));
@@ -97,7 +109,8 @@ impl<'m> PrefixTree<'m> {
                 if let (Some(held), Some(above)) = (&node.held, &parent.held)
                     && Rc::ptr_eq(held, above)
                 {
-                    held.borrow_mut().keep(parent.depth);
+                    let can = held.borrow().can_go_back(parent.depth);
+                    if can { held.borrow_mut().keep(parent.depth) } else { parent.held = None }
                 }
                 if parent.children.is_empty() {
                     self.leaves.insert((parent.used, parent_id));
