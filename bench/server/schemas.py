@@ -8,6 +8,7 @@ a 400 with the error object; an answer that ends by itself must be valid by json
 nothing and are counted.
 """
 
+import collections
 import json
 import pathlib
 import sys
@@ -47,13 +48,14 @@ def main():
     options = judge.arguments(__doc__, suite={"default": None}, limit={"type": int, "default": 100}, tokens={"type": int, "default": 80})
     model = judge.get(options.url, "/v1/models", options.key)["data"][0]["id"]
     valid = cut = refused = 0
-    faults = []
+    faults, reasons = [], collections.Counter()
     for number, (source, schema) in enumerate(schemas(options.suite, options.limit)):
         form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
         body = {"model": model, "prompt": "JSON: ", "max_tokens": options.tokens, "seed": number, "temperature": 1.0, "response_format": form}
         status, answer = judge.post(options.url, "/v1/completions", body, options.key)
         if status == 400 and source != "own" and answer["error"]["message"]:
             refused += 1
+            reasons[answer["error"]["message"][:100]] += 1
             continue
         if status != 200:
             faults.append((source, schema, f"status {status}: {answer}"))
@@ -73,6 +75,8 @@ def main():
             faults.append((source, schema, choice["text"]))
     for source, schema, text in faults:
         print(f"FAIL {source}: {json.dumps(schema)}\n     {text}")
+    for reason, count in reasons.most_common(12):
+        print(f"{count:4} refused: {reason}")
     print(f"{valid} valid, {cut} cut by length, {refused} refused with 400, {len(faults)} wrong")
     sys.exit(1 if faults else 0)
 
