@@ -2,12 +2,16 @@
 //!
 //! A block holds [`KEY_BLOCK`] positions. For each key head: the keys transposed `[head_dim, KEY_BLOCK]`, then the values
 //! `[KEY_BLOCK, head_dim padded]`. Nothing is copied when a token attends; what is held in bf16 is widened in registers.
+//!
+//! Blocks are shared: the clone of a cache holds the same ones, and copies a block when it writes to it. So sequences that
+//! begin alike hold what they have in common once.
 
 use super::AttentionShape;
 use super::forward::Keys;
 use super::pack::{KEY_BLOCK, padded};
 use crate::memory::Buffer;
 use half::bf16;
+use std::sync::Arc;
 
 /// What keys and values are held in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,7 +33,7 @@ impl CacheFormat {
     }
 }
 
-/// Keys and values of one sequence in one layer; grows with the sequence.
+/// Keys and values of one sequence in one layer; grows with the sequence. A clone shares the blocks.
 #[derive(Clone, Debug)]
 pub struct LayerCache {
     n_kv_heads: usize,
@@ -40,11 +44,14 @@ pub struct LayerCache {
 
 #[derive(Clone, Debug)]
 enum Blocks {
-    F32(Vec<Buffer<f32>>),
-    Bf16(Vec<Buffer<u16>>),
+    F32(Vec<Arc<Buffer<f32>>>),
+    Bf16(Vec<Arc<Buffer<u16>>>),
 }
 
 impl LayerCache {
+    /// Positions in a block: what a clone shares with its origin while both go on is a multiple of it.
+    pub const BLOCK: usize = KEY_BLOCK;
+
     /// An empty cache.
     pub fn new(n_kv_heads: usize, head_dim: usize, format: CacheFormat) -> Self {
         let blocks = match format {
@@ -145,7 +152,7 @@ struct Layout {
 
 impl Layout {
     #[inline(always)]
-    fn read<'a, T: bytemuck::Pod>(&self, blocks: &'a [Buffer<T>], block: usize, head: usize) -> Keys<'a, T> {
+    fn read<'a, T: bytemuck::Pod>(&self, blocks: &'a [Arc<Buffer<T>>], block: usize, head: usize) -> Keys<'a, T> {
         let part = head * self.head..(head + 1) * self.head;
         if let Some(next) = blocks.get(block + 1) {
             fetch(&next[part.clone()]);
@@ -156,7 +163,7 @@ impl Layout {
 
     fn write<T: bytemuck::Pod>(
         &self,
-        blocks: &mut Vec<Buffer<T>>,
+        blocks: &mut Vec<Arc<Buffer<T>>>,
         block: usize,
         place: usize,
         [keys, values]: [&[f32]; 2],
@@ -164,11 +171,12 @@ impl Layout {
     ) {
         if blocks.len() == block {
             // Zeros: keys that are not there yet are computed with, though nothing comes of it.
-            blocks.push(Buffer::zeroed(self.heads * self.head));
+            blocks.push(Arc::new(Buffer::zeroed(self.heads * self.head)));
         }
         let width = padded(self.head_dim);
         let heads = keys.chunks_exact(self.head_dim).zip(values.chunks_exact(self.head_dim));
-        for (target, (keys, values)) in blocks[block].chunks_exact_mut(self.head).zip(heads) {
+        let block = Arc::make_mut(&mut blocks[block]);
+        for (target, (keys, values)) in block.chunks_exact_mut(self.head).zip(heads) {
             let (key_block, value_block) = target.split_at_mut(self.keys);
             for (column, &key) in key_block.chunks_exact_mut(KEY_BLOCK).zip(keys) {
                 column[place] = narrow(key);

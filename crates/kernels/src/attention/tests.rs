@@ -243,3 +243,30 @@ fn gradients_are_the_slopes() {
         }
     }
 }
+
+#[test]
+fn a_clone_shares_blocks_and_goes_its_own_way() {
+    let rows = numbers(9, 200 * 16);
+    let other = numbers(10, 200 * 16);
+    for format in [CacheFormat::F32, CacheFormat::Bf16] {
+        let mut origin = LayerCache::new(1, 16, format);
+        origin.push(&rows[..100 * 16], &rows[..100 * 16]);
+        let mut clone = origin.clone();
+        clone.truncate(90);
+        clone.push(&other[..60 * 16], &other[..60 * 16]);
+        origin.push(&rows[100 * 16..130 * 16], &rows[100 * 16..130 * 16]);
+        let alone = |parts: &[&[f32]]| {
+            let mut cache = LayerCache::new(1, 16, format);
+            parts.iter().for_each(|part| cache.push(part, part));
+            cache
+        };
+        let shape = AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+        let attended = |cache: &LayerCache| {
+            let mut out = vec![0.0; 16];
+            attention_cached(&shape, &other[..16], &[CachedSequence { rows: 1, cache }], &mut out);
+            bits(&out)
+        };
+        assert_eq!(attended(&origin), attended(&alone(&[&rows[..130 * 16]])), "{format:?}");
+        assert_eq!(attended(&clone), attended(&alone(&[&rows[..90 * 16], &other[..60 * 16]])), "{format:?}");
+    }
+}
