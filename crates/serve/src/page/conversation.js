@@ -18,6 +18,7 @@ export class Conversation {
     this.messages = [];
     this.tint = () => null;
     this.abort = null;
+    this.model = "";
     this.node = byId("messages");
     this.scroller = byId("scroller");
     this.welcome();
@@ -78,7 +79,7 @@ export class Conversation {
   }
 
   request(text, mode) {
-    const common = { ...this.settings.sampling(), stream: true, stream_options: { include_usage: true }, routing: true };
+    const common = { model: this.model, ...this.settings.sampling(), stream: true, stream_options: { include_usage: true }, routing: true };
     if (mode === "complete") return ["/v1/completions", { ...common, prompt: text }];
     const system = this.settings.system();
     const past = this.messages.filter((m) => m.mode === "chat" && !m.error && (m.role === "user" || m.done));

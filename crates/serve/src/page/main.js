@@ -143,6 +143,7 @@ async function poll(wait) {
 
 async function learnModel() {
   model = await getJson("/v1/moebius/model");
+  conversation.model = model.name;
   byId("model-name").textContent = model.name;
   document.title = `${model.name} · Moebius`;
   byId("panel-model").replaceChildren(...modelCard(model));

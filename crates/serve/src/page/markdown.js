@@ -176,7 +176,9 @@ function inline(text) {
       flush();
       at = closeLink(text, at, stack);
     } else if (c === "*" || c === "_" || (c === "~" && text[at + 1] === "~")) {
-      const mark = text[at + 1] === c ? c + c : c;
+      // Of three marks in a row the inner emphasis closes first.
+      const three = text.startsWith(c.repeat(3), at) && top().mark === c;
+      const mark = text[at + 1] === c && !three ? c + c : c;
       flush();
       plain += emphasis(text, at, mark, stack);
       at += mark.length;
