@@ -27,7 +27,7 @@ impl KvCache {
 
     /// Bytes that one position takes in a cache for this model, all layers together.
     pub fn position_bytes(config: &ModelConfig, format: CacheFormat) -> usize {
-        2 * config.n_layers * config.n_kv_heads * config.head_dim * format.bytes()
+        2 * config.n_layers * config.n_kv_heads * format.row_bytes(config.head_dim)
     }
 
     /// Positions held.
