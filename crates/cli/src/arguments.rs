@@ -4,8 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::formats::Format;
-use moebius_model::RunFormat;
+use moebius_kernels::gemm::Precision;
+use moebius_model::{Numerics, RunFormat};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -68,6 +70,39 @@ pub struct RunPrecision {
     /// leaves block formats as they are and takes everything else in --dtype [default: stored; f32 with --dtype f32]
     #[arg(long, value_name = "FORMAT")]
     pub weights: Option<RunFormat>,
+
+    /// What keys and values are held in [default: f32 with --dtype f32, else bf16]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub cache: Option<CacheType>,
+}
+
+impl RunPrecision {
+    /// What is computed in.
+    pub fn numerics(&self) -> Numerics {
+        let usual = Numerics::from(Precision::from(self.dtype));
+        Numerics { cache: self.cache.map_or(usual.cache, CacheFormat::from), ..usual }
+    }
+}
+
+/// What keys and values are held in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CacheType {
+    /// 32 bits.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 8 bits, with a scale for each head's key and value: half of bf16's memory, not quite the same answers.
+    Q8,
+}
+
+impl From<CacheType> for CacheFormat {
+    fn from(kind: CacheType) -> Self {
+        match kind {
+            CacheType::F32 => Self::F32,
+            CacheType::Bf16 => Self::Bf16,
+            CacheType::Q8 => Self::Q8,
+        }
+    }
 }
 
 impl Dtype {

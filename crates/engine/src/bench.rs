@@ -5,8 +5,7 @@
 
 use std::time::Instant;
 
-use moebius_kernels::gemm::Precision;
-use moebius_model::{Batch, Cost, ExpertUse, Model, ModelError};
+use moebius_model::{Batch, Cost, ExpertUse, Model, ModelError, Numerics};
 use moebius_tensor::Rng;
 
 use crate::{EngineError, Session};
@@ -138,23 +137,23 @@ const BATCH_STEPS: usize = 32;
 /// As [`BenchOptions::check`], and whatever the model reports.
 pub fn measure(
     model: &Model,
-    precision: Precision,
+    numerics: Numerics,
     options: &BenchOptions,
     progress: &mut dyn FnMut(&str),
 ) -> Result<BenchResult, EngineError> {
     options.check(model)?;
-    let mut bench = Bench { model, precision, random: Rng::new(options.seed) };
+    let mut bench = Bench { model, numerics, random: Rng::new(options.seed) };
     let started = Instant::now();
-    bench.read(&mut [&mut Session::new(model, precision)], 1)?;
+    bench.read(&mut [&mut Session::new(model, numerics)], 1)?;
     let first_token_seconds = started.elapsed().as_secs_f64();
     progress(&format!("first token after {first_token_seconds:.3} s"));
-    let mut session = Session::new(model, precision);
+    let mut session = Session::new(model, numerics);
     bench.prefill(&mut session, options)?;
     let mut prefill = Phase::empty();
     let mut decode = Phase::empty();
     let mut batched = (options.batch > 1).then(Phase::empty);
     for round in 1..=options.rounds {
-        let mut session = Session::new(model, precision);
+        let mut session = Session::new(model, numerics);
         prefill.add(bench.prefill(&mut session, options)?);
         progress(&format!("round {round} of {}: prefill {}", options.rounds, prefill.last()));
         bench.read(&mut [&mut session], 1)?;
@@ -172,7 +171,7 @@ pub fn measure(
 /// A model being measured.
 struct Bench<'m> {
     model: &'m Model,
-    precision: Precision,
+    numerics: Numerics,
     random: Rng,
 }
 
@@ -196,7 +195,7 @@ impl<'m> Bench<'m> {
     }
 
     fn batched_decode(&mut self, options: &BenchOptions) -> Result<Phase, EngineError> {
-        let mut sessions: Vec<Session> = (0..options.batch).map(|_| Session::new(self.model, self.precision)).collect();
+        let mut sessions: Vec<Session> = (0..options.batch).map(|_| Session::new(self.model, self.numerics)).collect();
         let mut sessions: Vec<&mut Session> = sessions.iter_mut().collect();
         let steps = options.decode.min(BATCH_STEPS);
         let prompt = BATCH_PROMPT.min(self.model.config.max_positions.saturating_sub(steps + 1)).max(1);
@@ -221,7 +220,7 @@ impl<'m> Bench<'m> {
             tokens: batch.tokens.len(),
             passes: 1,
             seconds: vec![started.elapsed().as_secs_f64()],
-            cost: self.model.cost(self.precision, &batch, sessions.len(), &experts),
+            cost: self.model.cost(self.numerics, &batch, sessions.len(), &experts),
             experts: experts.mean_distinct(),
         })
     }

@@ -3,8 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use moebius_kernels::gemm::Precision;
-use moebius_model::Model;
+use moebius_model::{Model, Numerics};
 
 use crate::trace::{ExpertTrace, LayerChoice};
 use crate::{EngineError, Sampler, SamplingOptions, Session, StopRule, TextStream, Tokenizer, Verdict};
@@ -115,13 +114,13 @@ impl Summary {
 pub struct Generator<'m> {
     model: &'m Model,
     tokenizer: &'m Tokenizer,
-    precision: Precision,
+    numerics: Numerics,
 }
 
 impl<'m> Generator<'m> {
-    /// Joins the two; `precision` is that of the matrix products.
-    pub fn new(model: &'m Model, tokenizer: &'m Tokenizer, precision: Precision) -> Self {
-        Self { model, tokenizer, precision }
+    /// Joins the two.
+    pub fn new(model: &'m Model, tokenizer: &'m Tokenizer, numerics: impl Into<Numerics>) -> Self {
+        Self { model, tokenizer, numerics: numerics.into() }
     }
 
     /// Writes on from `prompt`, which the summary counts but the events do not repeat as text.
@@ -141,7 +140,7 @@ impl<'m> Generator<'m> {
 
     /// An empty sequence of this generator's model.
     pub fn session(&self) -> Session<'m> {
-        Session::new(self.model, self.precision)
+        Session::new(self.model, self.numerics)
     }
 
     /// As [`Generator::generate`], in a session that may have read something: the tokens that `prompt` shares with it

@@ -3,7 +3,7 @@
 use moebius_kernels::attention::LayerCache;
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::parallel::with_team;
-use moebius_model::{Batch, KvCache, Model, Observer};
+use moebius_model::{Batch, KvCache, Model, Numerics, Observer};
 use moebius_tensor::{Graph, Tensor, Var};
 
 use crate::EngineError;
@@ -12,7 +12,7 @@ use crate::EngineError;
 #[derive(Clone)]
 pub struct Session<'m> {
     model: &'m Model,
-    precision: Precision,
+    numerics: Numerics,
     cache: KvCache,
     /// What was read, one token a position.
     tokens: Vec<u32>,
@@ -45,14 +45,10 @@ impl<'m> Session<'m> {
     /// Positions that clones share or do not share as a whole.
     pub const BLOCK: usize = LayerCache::BLOCK;
 
-    /// An empty sequence.
-    pub fn new(model: &'m Model, precision: Precision) -> Self {
-        Self {
-            model,
-            precision,
-            cache: KvCache::new(&model.config, KvCache::format_for(precision)),
-            tokens: Vec::new(),
-        }
+    /// An empty sequence; a precision alone says how keys and values are held too.
+    pub fn new(model: &'m Model, numerics: impl Into<Numerics>) -> Self {
+        let numerics = numerics.into();
+        Self { model, numerics, cache: KvCache::new(&model.config, numerics.cache), tokens: Vec::new() }
     }
 
     /// Tokens read so far.
@@ -93,7 +89,7 @@ impl<'m> Session<'m> {
     /// As [`Session::read`]; then no sequence has moved on.
     ///
     /// # Panics
-    /// When the sequences have different models or precisions, or there is not one row of tokens for each.
+    /// When the sequences have different models or numerics, or there is not one row of tokens for each.
     pub fn read_together(
         sessions: &mut [&mut Session<'m>],
         tokens: &[&[u32]],
@@ -112,20 +108,20 @@ impl<'m> Session<'m> {
     /// As [`Session::read`]; then no sequence has moved on.
     ///
     /// # Panics
-    /// When the sequences have different models or precisions.
+    /// When the sequences have different models or numerics.
     pub fn read_step(
         readings: &mut [Reading<'_, 'm>],
         observer: &mut dyn Observer,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         let Some(first) = readings.first() else { return Ok(Vec::new()) };
-        let (model, precision) = (first.session.model, first.session.precision);
+        let (model, numerics) = (first.session.model, first.session.numerics);
         let same =
-            |reading: &Reading| std::ptr::eq(reading.session.model, model) && reading.session.precision == precision;
+            |reading: &Reading| std::ptr::eq(reading.session.model, model) && reading.session.numerics == numerics;
         assert!(readings.iter().all(same), "sequences of one model");
         if readings.iter().any(|reading| reading.tokens.is_empty()) {
             return Err(EngineError::EmptyPrompt);
         }
-        with_team(|| read_awake(model, precision, readings, observer))
+        with_team(|| read_awake(model, numerics.precision, readings, observer))
     }
 }
 

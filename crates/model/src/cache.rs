@@ -5,6 +5,26 @@ use crate::config::{AttentionConfig, Mixer};
 use moebius_kernels::attention::{CacheFormat, LayerCache};
 use moebius_kernels::gemm::Precision;
 
+/// What a model that is run computes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Numerics {
+    /// Precision of matrix products.
+    pub precision: Precision,
+    /// What keys and values are held in.
+    pub cache: CacheFormat,
+}
+
+impl From<Precision> for Numerics {
+    /// Keys and values are held as exactly as they are made.
+    fn from(precision: Precision) -> Self {
+        let cache = match precision {
+            Precision::F32 => CacheFormat::F32,
+            Precision::Bf16 => CacheFormat::Bf16,
+        };
+        Self { precision, cache }
+    }
+}
+
 /// What the layers remember of one sequence; grows with it. A clone goes its own way from there.
 #[derive(Clone, Debug)]
 pub struct KvCache {
@@ -62,14 +82,6 @@ impl KvCache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig, format: CacheFormat) -> Self {
         Self { layers: config.layers.iter().map(|layer| LayerState::new(&layer.mixer, format)).collect() }
-    }
-
-    /// What goes with products in a precision: keys and values are held as exactly as they are made.
-    pub fn format_for(precision: Precision) -> CacheFormat {
-        match precision {
-            Precision::F32 => CacheFormat::F32,
-            Precision::Bf16 => CacheFormat::Bf16,
-        }
     }
 
     /// Bytes that one position takes in a cache for this model, all layers together.

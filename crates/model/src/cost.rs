@@ -5,7 +5,7 @@
 //! operations for each number that the products make.
 
 use crate::config::{AttentionConfig, Mixer};
-use crate::{Batch, KvCache, Model, Observer};
+use crate::{Batch, Model, Numerics, Observer};
 use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_moe::Routing;
@@ -72,9 +72,10 @@ impl ExpertUse {
 impl Model {
     /// The cost of one forward pass of `batch`, of which `logit_rows` rows went through the head, with the experts that
     /// were seen choosing.
-    pub fn cost(&self, precision: Precision, batch: &Batch, logit_rows: usize, experts: &ExpertUse) -> Cost {
+    pub fn cost(&self, numerics: impl Into<Numerics>, batch: &Batch, logit_rows: usize, experts: &ExpertUse) -> Cost {
+        let Numerics { precision, cache } = numerics.into();
         let (rows, logit_rows) = (batch.tokens.len() as u64, logit_rows as u64);
-        let mut cost = self.mixer_cost(batch, precision);
+        let mut cost = self.mixer_cost(batch, cache);
         for param in self.params() {
             let elements = param.shape().iter().product::<usize>() as u64;
             let bytes = held_bytes(param, precision);
@@ -108,13 +109,11 @@ impl Model {
     }
 
     /// Keys and values that the batch's tokens see: each sequence's once, and the arithmetic on them.
-    fn mixer_cost(&self, batch: &Batch, precision: Precision) -> Cost {
+    fn mixer_cost(&self, batch: &Batch, format: CacheFormat) -> Cost {
         let mut cost = Cost::default();
         for layer in &self.config.layers {
             cost += match &layer.mixer {
-                Mixer::Attention(attention) => {
-                    attention_cost(attention, batch, KvCache::format_for(precision))
-                }
+                Mixer::Attention(attention) => attention_cost(attention, batch, format),
             };
         }
         cost

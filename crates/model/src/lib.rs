@@ -31,7 +31,7 @@ pub mod shapes;
 mod weights;
 
 pub use batch::Batch;
-pub use cache::KvCache;
+pub use cache::{KvCache, Numerics};
 pub use checkpoint::{Checkpoint, named_tensors, save_model};
 pub use config::{Ffn, ModelConfig, QkNorm, UniformDecoder};
 pub use cost::{Cost, ExpertUse};

@@ -47,7 +47,7 @@ pub fn execute(arguments: &ChatArguments) -> anyhow::Result<ExitCode> {
     let model = source.model_to_run(arguments.precision.weights, arguments.precision.dtype.weights())?;
     ctrlc::set_handler(interrupted).context("ctrl-C handler")?;
 
-    let generator = Generator::new(&model, &tokenizer, arguments.precision.dtype.into());
+    let generator = Generator::new(&model, &tokenizer, arguments.precision.numerics());
     let mut chat = Chat {
         session: generator.session(),
         generator,

@@ -38,7 +38,7 @@ pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         Printer::Text
     };
     let mut failure = None;
-    let generator = Generator::new(&model, &tokenizer, arguments.precision.dtype.into());
+    let generator = Generator::new(&model, &tokenizer, arguments.precision.numerics());
     let summary = generator.generate(&prompt, &options, &mut |event| match printer.print(&event) {
         Ok(()) => ControlFlow::Continue(()),
         Err(error) => {

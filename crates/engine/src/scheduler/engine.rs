@@ -292,8 +292,8 @@ impl Watch {
         }
         if !self.loads.is_empty() {
             let (sequences, batch) = (batch.len(), Batch::continuing_together(batch));
-            let precision = scheduler.0.options.precision;
-            let cost = |experts| model.cost(precision, &batch, 0, experts).weight_bytes;
+            let numerics = scheduler.0.options.numerics;
+            let cost = |experts| model.cost(numerics, &batch, 0, experts).weight_bytes;
             let bytes = cost(&self.experts) - cost(&ExpertUse::default());
             statistics.read_experts(sequences, batch.tokens.len(), bytes);
         }

@@ -119,7 +119,7 @@ impl<'m> Memory<'m> {
     }
 
     fn fresh(&self) -> Paged<'m> {
-        Paged::new(Session::new(self.model, self.options.precision), self.page_bytes, &self.gauge)
+        Paged::new(Session::new(self.model, self.options.numerics), self.page_bytes, &self.gauge)
     }
 
     /// Takes over what another sequence has read meanwhile; gives the number of tokens.

@@ -27,7 +27,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use moebius_kernels::gemm::Precision;
-use moebius_model::Model;
+use moebius_model::{Model, Numerics};
 
 use crate::{EngineError, Session, Tokenizer};
 use engine::Engine;
@@ -40,8 +40,8 @@ pub use statistics::{Load, STEP_SIZES, Statistics};
 /// How much is done at once, and what is too much.
 #[derive(Clone, Debug)]
 pub struct SchedulerOptions {
-    /// Precision of matrix products.
-    pub precision: Precision,
+    /// Precision of matrix products, and what keys and values are held in.
+    pub numerics: Numerics,
     /// Tokens that go through the model in a step.
     pub step_tokens: usize,
     /// Sequences that run at once.
@@ -61,7 +61,7 @@ pub struct SchedulerOptions {
 impl Default for SchedulerOptions {
     fn default() -> Self {
         Self {
-            precision: Precision::Bf16,
+            numerics: Precision::Bf16.into(),
             step_tokens: 512,
             most_running: 64,
             most_waiting: 256,
@@ -131,7 +131,7 @@ pub enum Stop {
 impl Scheduler {
     /// A scheduler for a model; [`Scheduler::run`] sets it to work.
     pub fn new(model: &Model, options: SchedulerOptions) -> Self {
-        let page_bytes = Session::page_bytes(model, options.precision);
+        let page_bytes = Session::page_bytes(model, options.numerics);
         let limits = Limits { vocabulary: model.config.vocab_size, context: model.config.max_positions, page_bytes };
         Self(Arc::new(Shared {
             options,

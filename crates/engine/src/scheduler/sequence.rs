@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use moebius_model::Model;
+use moebius_model::{KvCache, Model, Numerics};
 
 use super::pages::Paged;
 use super::queue::Waiting;
@@ -411,8 +411,7 @@ impl<'m> Writer<'m> {
 
 impl Session<'_> {
     /// Bytes that a page takes in a cache of this model.
-    pub(super) fn page_bytes(model: &Model, precision: moebius_kernels::gemm::Precision) -> usize {
-        use moebius_model::KvCache;
-        Session::BLOCK * KvCache::position_bytes(&model.config, KvCache::format_for(precision))
+    pub(super) fn page_bytes(model: &Model, numerics: Numerics) -> usize {
+        Session::BLOCK * KvCache::position_bytes(&model.config, numerics.cache)
     }
 }

@@ -32,7 +32,8 @@ const SEED: u64 = 1;
 /// A model that cannot be read, a shape that nobody knows or that does not fit into memory, sequences longer than the
 /// model's context, an output that cannot be written.
 pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
-    let (precision, asked) = (Precision::from(arguments.precision.dtype), arguments.precision.weights);
+    let (numerics, asked) = (arguments.precision.numerics(), arguments.precision.weights);
+    let precision = numerics.precision;
     let or = arguments.precision.dtype.weights();
     if let (Some(shape), Some(folder)) = (&arguments.random_weights, &arguments.out) {
         shapes::write_random(folder, &published(shape)?, SEED)?;
@@ -51,7 +52,7 @@ pub fn execute(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
     let options = options(arguments, &model);
     options.check(&model)?;
     output::note(&format!("{name}: loaded in {load_seconds:.2} s"));
-    let result = bench::measure(&model, precision, &options, &mut output::note)?;
+    let result = bench::measure(&model, numerics, &options, &mut output::note)?;
     // Before the machine is measured, which takes memory of its own.
     let (resident_bytes, peak_bytes) = (memory::resident(), memory::peak());
     let machine = measure_machine(precision);

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use moebius_engine::{ChatTemplate, SchedulerOptions};
+use moebius_model::Numerics;
 use moebius_serve::{ServeOptions, ServedModel, Server};
 use tracing_subscriber::EnvFilter;
 
-use crate::arguments::{Dtype, RunPrecision};
+use crate::arguments::RunPrecision;
 use crate::models::Source;
 use crate::{memory, output};
 use arguments::{LogFormat, ServeArguments, Settings};
@@ -35,7 +36,7 @@ pub fn execute(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
     start_log(&settings)?;
     let source = Source::new(settings.model.as_deref());
     let name = settings.name.clone().unwrap_or_else(|| name(&source));
-    let options = options(&settings, name, arguments.precision.dtype)?;
+    let options = options(&settings, name, arguments.precision.numerics())?;
     let served = served(&source, &settings, &arguments.precision)?;
     let template = served.template.is_some();
     let card = format!("{} ({}, {})", options.model_name, served.model.config.family, served.weights);
@@ -83,7 +84,7 @@ fn name(source: &Source) -> String {
     name.map_or("model".into(), |name| name.to_string_lossy().into_owned())
 }
 
-fn options(settings: &Settings, model_name: String, dtype: Dtype) -> anyhow::Result<ServeOptions> {
+fn options(settings: &Settings, model_name: String, numerics: Numerics) -> anyhow::Result<ServeOptions> {
     let usual = ServeOptions::default();
     let scheduler = SchedulerOptions::default();
     let seconds = |given: Option<u64>, usual: Duration| given.map_or(usual, Duration::from_secs);
@@ -102,7 +103,7 @@ fn options(settings: &Settings, model_name: String, dtype: Dtype) -> anyhow::Res
         most_connections: settings.max_connections.unwrap_or(usual.most_connections),
         grace: seconds(settings.grace, usual.grace),
         scheduler: SchedulerOptions {
-            precision: dtype.into(),
+            numerics,
             step_tokens: settings.step_tokens.unwrap_or(scheduler.step_tokens),
             most_running: settings.max_running.unwrap_or(scheduler.most_running),
             most_waiting: settings.max_waiting.unwrap_or(scheduler.most_waiting),
