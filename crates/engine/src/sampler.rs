@@ -405,7 +405,8 @@ mod tests {
 
     #[test]
     fn bias_is_added() {
-        let mut sampler = Sampler::new(SamplingOptions::greedy()).unwrap().with_bias(&[(0, -100.0), (2, 0.5), (77, 9.0)]);
+        let mut sampler =
+            Sampler::new(SamplingOptions::greedy()).unwrap().with_bias(&[(0, -100.0), (2, 0.5), (77, 9.0)]);
         assert_eq!(sampler.sample(&[9.0, 1.0, 0.8], &[]).unwrap(), 2);
     }
 

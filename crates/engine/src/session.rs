@@ -119,9 +119,8 @@ impl<'m> Session<'m> {
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         let Some(first) = readings.first() else { return Ok(Vec::new()) };
         let (model, precision) = (first.session.model, first.session.precision);
-        let same = |reading: &Reading| {
-            std::ptr::eq(reading.session.model, model) && reading.session.precision == precision
-        };
+        let same =
+            |reading: &Reading| std::ptr::eq(reading.session.model, model) && reading.session.precision == precision;
         assert!(readings.iter().all(same), "sequences of one model");
         if readings.iter().any(|reading| reading.tokens.is_empty()) {
             return Err(EngineError::EmptyPrompt);

@@ -69,9 +69,8 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         }
         ApiError::bad_request(format!("We could not parse the JSON body of your request: {reason}"))
     })?;
-    json.end().map_err(|error| {
-        ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}"))
-    })?;
+    json.end()
+        .map_err(|error| ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}")))?;
     Ok(value)
 }
 
@@ -101,7 +100,10 @@ mod tests {
     fn errors_name_the_field() {
         let object = |text: &str| parse::<Outer>(text.as_bytes()).unwrap_err().object()["error"].clone();
         let unknown = object(r#"{"inner": {"number": 1}, "other": 2}"#);
-        assert_eq!((&unknown["param"], &unknown["message"]), (&"other".into(), &"Unrecognized request argument supplied: other".into()));
+        assert_eq!(
+            (&unknown["param"], &unknown["message"]),
+            (&"other".into(), &"Unrecognized request argument supplied: other".into())
+        );
         assert_eq!(object(r#"{"inner": {"number": 300}}"#)["param"], "inner.number");
         assert_eq!(object(r#"{"inner": {"number": "x"}}"#)["param"], "inner.number");
         assert!(object("{}")["message"].as_str().unwrap().contains("inner"));

@@ -49,7 +49,10 @@ impl ApiError {
 
     /// No such address.
     pub fn no_route(method: &str, path: &str) -> Self {
-        Self { code: Some("unknown_url"), ..Self::new(StatusCode::NOT_FOUND, format!("Unknown request URL: {method} {path}.")) }
+        Self {
+            code: Some("unknown_url"),
+            ..Self::new(StatusCode::NOT_FOUND, format!("Unknown request URL: {method} {path}."))
+        }
     }
 
     /// The address has other methods.

@@ -12,8 +12,8 @@ use axum::Router;
 use axum::extract::ConnectInfo;
 use axum::extract::Request;
 use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
+use hyper::server::conn::http1::Builder;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -33,8 +33,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub async fn serve(listener: TcpListener, router: Router, options: &ServeOptions, end: impl Future<Output = ()>) {
     let places = Arc::new(Semaphore::new(options.most_connections.max(1)));
     let graceful = GracefulShutdown::new();
-    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(options.head_timeout).max_buf_size(HEAD_BYTES);
+    let mut builder = Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(options.head_timeout).max_buf_size(HEAD_BYTES);
     let mut end = std::pin::pin!(end);
     loop {
         let place = tokio::select! {
@@ -59,8 +59,7 @@ pub async fn serve(listener: TcpListener, router: Router, options: &ServeOptions
             request.extensions_mut().insert(ConnectInfo::<SocketAddr>(from));
             router.clone().oneshot(request.map(axum::body::Body::new))
         });
-        let connection = builder.serve_connection(stream, service).into_owned();
-        let connection = graceful.watch(connection);
+        let connection = graceful.watch(builder.serve_connection(stream, service));
         tokio::spawn(async move {
             // What goes wrong on a connection is the client's affair.
             if let Err(error) = connection.await {

@@ -6,7 +6,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Counter, CounterVec, Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
 
 use crate::api::moebius::sizes;
@@ -31,7 +31,8 @@ impl Metrics {
         let seconds = HistogramOpts::new("moebius_http_request_seconds", "Time until the answer's head, by route.")
             .buckets(vec![0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0]);
         let seconds = HistogramVec::new(seconds, &["route"]).expect("a sound name");
-        let connections = IntGauge::new("moebius_http_connections", "Connections that are open.").expect("a sound name");
+        let connections =
+            IntGauge::new("moebius_http_connections", "Connections that are open.").expect("a sound name");
         add(&registry, requests.clone());
         add(&registry, seconds.clone());
         add(&registry, connections.clone());
@@ -57,6 +58,11 @@ fn add(registry: &Registry, collector: impl Collector + 'static) {
 
 /// One number.
 fn number(registry: &Registry, name: &str, help: &str, value: f64) {
+    if name.ends_with("_total") {
+        let counter = Counter::new(name, help).expect("a sound name");
+        counter.inc_by(value);
+        return add(registry, counter);
+    }
     let gauge = Gauge::new(name, help).expect("a sound name");
     gauge.set(value);
     add(registry, gauge);
@@ -113,14 +119,14 @@ fn numbers(app: &App, registry: &Registry) {
 
 /// How even the experts' loads are; each by itself where they are few.
 fn experts(app: &App, registry: &Registry) {
-    let gauge = |name: &str, help: &str, labels: &[&str]| {
-        GaugeVec::new(Opts::new(name, help), labels).expect("a sound name")
-    };
+    let gauge =
+        |name: &str, help: &str, labels: &[&str]| GaugeVec::new(Opts::new(name, help), labels).expect("a sound name");
     let violation =
         gauge("moebius_expert_max_violation", "The largest load over the mean, less one, by layer.", &["layer"]);
     let entropy = gauge("moebius_expert_entropy", "Entropy of the loads over its largest value, by layer.", &["layer"]);
     let dead = gauge("moebius_expert_dead", "Experts without a token, by layer.", &["layer"]);
-    let each = gauge("moebius_expert_tokens_total", "Tokens of an expert.", &["layer", "expert"]);
+    let each = Opts::new("moebius_expert_tokens_total", "Tokens of an expert.");
+    let each = CounterVec::new(each, &["layer", "expert"]).expect("a sound name");
     let few = app.card.moe_layers.len() * app.card.n_experts <= app.options.most_expert_series;
     let layers = app.scheduler.statistics(|statistics| statistics.experts.clone());
     for (layer, load) in layers {
@@ -129,10 +135,11 @@ fn experts(app: &App, registry: &Registry) {
         entropy.with_label_values(&[&layer]).set(load.entropy());
         dead.with_label_values(&[&layer]).set(load.dead_experts() as f64);
         for (expert, &count) in load.counts.iter().enumerate().filter(|_| few) {
-            each.with_label_values(&[&layer, &expert.to_string()]).set(count as f64);
+            each.with_label_values(&[&layer, &expert.to_string()]).inc_by(count as f64);
         }
     }
-    for gauge in [violation, entropy, dead, each] {
+    for gauge in [violation, entropy, dead] {
         add(registry, gauge);
     }
+    add(registry, each);
 }

@@ -40,7 +40,11 @@ pub fn router(app: App) -> Router {
         .route("/detokenize", post(tokens::detokenize))
         .route("/metrics", get(metrics::answer))
         .route_layer(from_fn_with_state(app.clone(), check_key));
-    let open = Router::new().route("/health", get(health)).route("/ready", get(ready)).route("/openapi.json", get(openapi::document)).merge(page::routes());
+    let open = Router::new()
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/openapi.json", get(openapi::document))
+        .merge(page::routes());
     let cors = cors(&app);
     let router = guarded
         .merge(open)

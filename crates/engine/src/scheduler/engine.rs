@@ -162,8 +162,7 @@ impl<'e> Engine<'e> {
         if let Some(index) = step.full {
             return self.end(index, Finish::ContextFull);
         }
-        let wants_trace =
-            step.shares.iter().any(|share| self.running[share.index].traces());
+        let wants_trace = step.shares.iter().any(|share| self.running[share.index].traces());
         let mut watch = Watch::new(wants_trace);
         let mut batch = Vec::new();
         let (given, model_time) = {

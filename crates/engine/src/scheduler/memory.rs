@@ -150,13 +150,7 @@ impl<'m> Memory<'m> {
 
     /// Sees to it that a sequence can read tokens: beginnings that were kept go first, then the memory of sequences that
     /// began later.
-    fn make_room(
-        &mut self,
-        running: &mut [Sequence<'m>],
-        index: usize,
-        tokens: usize,
-        step: &mut Step,
-    ) -> bool {
+    fn make_room(&mut self, running: &mut [Sequence<'m>], index: usize, tokens: usize, step: &mut Step) -> bool {
         let needed = running[index].paged.bytes_for(tokens);
         let fits = |gauge: &Gauge| gauge.bytes() + needed <= self.options.cache_bytes;
         while needed > 0 && !fits(&self.gauge) {

@@ -132,8 +132,7 @@ impl Scheduler {
     /// A scheduler for a model; [`Scheduler::run`] sets it to work.
     pub fn new(model: &Model, options: SchedulerOptions) -> Self {
         let page_bytes = Session::page_bytes(model, options.precision);
-        let limits =
-            Limits { vocabulary: model.config.vocab_size, context: model.config.max_positions, page_bytes };
+        let limits = Limits { vocabulary: model.config.vocab_size, context: model.config.max_positions, page_bytes };
         Self(Arc::new(Shared {
             options,
             limits,

@@ -103,7 +103,7 @@ impl Statistics {
 
     /// Tokens written in each of the last 120 seconds (fewer after a short time), the current one last.
     pub fn tokens_by_second(&mut self) -> Vec<u32> {
-        self.to_this_second();
+        self.catch_up();
         self.tokens.iter().copied().collect()
     }
 
@@ -114,7 +114,7 @@ impl Statistics {
     }
 
     pub(super) fn generated(&mut self, tokens: usize) {
-        self.to_this_second();
+        self.catch_up();
         self.generated_tokens += tokens as u64;
         if let Some(last) = self.tokens.back_mut() {
             *last += tokens as u32;
@@ -134,7 +134,7 @@ impl Statistics {
         load.steps += 1;
     }
 
-    fn to_this_second(&mut self) {
+    fn catch_up(&mut self) {
         let now = self.since.elapsed().as_secs();
         for _ in 0..(now - self.second).min(SECONDS as u64) {
             self.tokens.push_back(0);

@@ -272,7 +272,13 @@ fn texts_keep_to_their_grammar() {
         let asked: Vec<_> = (0..6)
             .map(|seed| {
                 let constraint = Some(compiler.compile(&grammar).unwrap());
-                let task = Generate { sampling: sampling(seed), max_tokens: 60, end_tokens: vec![256], constraint, ..Generate::default() };
+                let task = Generate {
+                    sampling: sampling(seed),
+                    max_tokens: 60,
+                    end_tokens: vec![256],
+                    constraint,
+                    ..Generate::default()
+                };
                 ask(scheduler, 0, &prompt(2, 20), Task::Generate(Box::new(task))).unwrap()
             })
             .collect();

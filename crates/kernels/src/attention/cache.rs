@@ -1,13 +1,14 @@
 //! [`LayerCache`]: the keys and values of one sequence in one layer, in the blocks that attention reads.
 //!
 //! A block holds [`KEY_BLOCK`] positions. For each key head: the keys transposed `[head_dim, KEY_BLOCK]`, then the values
-//! `[KEY_BLOCK, head_dim padded]`. Nothing is copied when a token attends; what is held in bf16 is widened in registers.
+//! `[KEY_BLOCK, head_dim padded]`. Nothing is copied when a token attends; what is held in bf16 or bytes is widened in
+//! registers, and the scales of bytes multiply scores and weights, not keys and values.
 //!
 //! Blocks are shared: the clone of a cache holds the same ones, and copies a block when it writes to it. So sequences that
 //! begin alike hold what they have in common once.
 
 use super::AttentionShape;
-use super::forward::Keys;
+use super::forward::{Keys, Scales};
 use super::pack::{KEY_BLOCK, padded};
 use crate::memory::Buffer;
 use half::bf16;
@@ -21,14 +22,18 @@ pub enum CacheFormat {
     F32,
     /// bf16, rounded to nearest, ties to even: half the memory and half the reading.
     Bf16,
+    /// Signed bytes with one f32 scale for each head's key and one for its value: half of bf16's memory again. A number is
+    /// off by at most 1/254 of the largest beside it.
+    Q8,
 }
 
 impl CacheFormat {
-    /// Bytes of a number.
-    pub fn bytes(self) -> usize {
+    /// Bytes of one head's key or value of `head_dim` numbers.
+    pub fn row_bytes(self, head_dim: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::F32 => 4 * head_dim,
+            Self::Bf16 => 2 * head_dim,
+            Self::Q8 => head_dim + size_of::<f32>(),
         }
     }
 }
@@ -46,6 +51,8 @@ pub struct LayerCache {
 enum Blocks {
     F32(Vec<Arc<Buffer<f32>>>),
     Bf16(Vec<Arc<Buffer<u16>>>),
+    /// Codes, and of each block the scales `[n_kv_heads, 2 (key, value), KEY_BLOCK]`.
+    Q8(Vec<Arc<Buffer<i8>>>, Vec<Arc<Buffer<f32>>>),
 }
 
 impl LayerCache {
@@ -57,6 +64,7 @@ impl LayerCache {
         let blocks = match format {
             CacheFormat::F32 => Blocks::F32(Vec::new()),
             CacheFormat::Bf16 => Blocks::Bf16(Vec::new()),
+            CacheFormat::Q8 => Blocks::Q8(Vec::new(), Vec::new()),
         };
         Self { n_kv_heads, head_dim, positions: 0, blocks }
     }
@@ -88,6 +96,21 @@ impl LayerCache {
                 Blocks::Bf16(blocks) => {
                     layout.write(blocks, block, place, [keys, values], |x| bf16::from_f32(x).to_bits())
                 }
+                Blocks::Q8(codes, scales) => {
+                    if scales.len() == block {
+                        scales.push(Arc::new(Buffer::zeroed(2 * self.n_kv_heads * KEY_BLOCK)));
+                    }
+                    let scales = Arc::make_mut(&mut scales[block]);
+                    let [keys, values] = [(keys, 0), (values, 1)].map(|(row, which)| {
+                        let mut row = row.to_vec();
+                        for (head, part) in row.chunks_exact_mut(self.head_dim).enumerate() {
+                            scales[(2 * head + which) * KEY_BLOCK + place] = divide_by_scale(part);
+                        }
+                        row
+                    });
+                    // A conversion keeps what is in range and makes zero of what is no number; the scale says that then.
+                    layout.write(codes, block, place, [&keys, &values], |x| x.round_ties_even() as i8);
+                }
             }
         }
         self.positions += keys.len() / width;
@@ -100,6 +123,10 @@ impl LayerCache {
         match &mut self.blocks {
             Blocks::F32(held) => held.truncate(blocks),
             Blocks::Bf16(held) => held.truncate(blocks),
+            Blocks::Q8(codes, scales) => {
+                codes.truncate(blocks);
+                scales.truncate(blocks);
+            }
         }
     }
 
@@ -113,6 +140,10 @@ impl LayerCache {
         match &self.blocks {
             Blocks::F32(blocks) => BlockOf::F32(self.layout().read(blocks, block, head)),
             Blocks::Bf16(blocks) => BlockOf::Bf16(self.layout().read(blocks, block, head)),
+            Blocks::Q8(codes, scales) => {
+                let (scales, _) = scales[block].as_chunks::<KEY_BLOCK>();
+                BlockOf::Q8(self.layout().read(codes, block, head), [&scales[2 * head], &scales[2 * head + 1]])
+            }
         }
     }
 
@@ -126,6 +157,21 @@ impl LayerCache {
 pub(super) enum BlockOf<'a> {
     F32(Keys<'a, f32>),
     Bf16(Keys<'a, u16>),
+    Q8(Keys<'a, i8>, Scales<'a>),
+}
+
+/// Divides numbers by the scale with which they fit into -127..=127; returns it, NaN if they hold something infinite or no
+/// number.
+fn divide_by_scale(row: &mut [f32]) -> f32 {
+    let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    if !row.iter().all(|x| x.is_finite()) {
+        return f32::NAN;
+    }
+    let scale = largest / 127.0;
+    if scale > 0.0 {
+        row.iter_mut().for_each(|x| *x /= scale);
+    }
+    scale
 }
 
 /// Has the processor bring memory into its second cache while it computes on something else.

@@ -241,9 +241,8 @@ fn best(texts: &[Written], n: usize) -> Vec<&Written> {
     if n < all.len() {
         let mean = |written: &Written| {
             let outcome = written.outcome.as_ref();
-            outcome.map_or(f64::NEG_INFINITY, |outcome| {
-                outcome.log_probability / outcome.generated_tokens.max(1) as f64
-            })
+            outcome
+                .map_or(f64::NEG_INFINITY, |outcome| outcome.log_probability / outcome.generated_tokens.max(1) as f64)
         };
         all.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
         all.truncate(n);

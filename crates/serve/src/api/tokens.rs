@@ -32,9 +32,7 @@ pub async fn tokenize(
     request.model.as_deref().map_or(Ok(()), |name| app.check_model(name))?;
     let tokens = match (request.prompt, request.messages) {
         (Some(text), None) => app.encode(text, request.add_special_tokens.unwrap_or(true)).await?,
-        (None, Some(messages)) => {
-            app.render(Chat { messages, variables: Map::new(), tools: Vec::new() }).await?.tokens
-        }
+        (None, Some(messages)) => app.render(Chat { messages, variables: Map::new(), tools: Vec::new() }).await?.tokens,
         _ => return Err(ApiError::invalid("prompt", "Wanted either 'prompt' or 'messages'.")),
     };
     let texts = request.return_token_strs.unwrap_or(false);

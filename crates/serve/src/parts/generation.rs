@@ -210,8 +210,11 @@ impl Usage {
 impl App {
     /// The extension `routing`: an entry for a token, with its experts layer by layer.
     pub fn routing_entry(&self, experts: &TokenExperts) -> Value {
+        // Six digits: more would only make the answer longer.
+        let round = |weight: &f32| (f64::from(*weight) * 1e6).round() / 1e6;
         let layer = |choice: &moebius_engine::LayerChoice| {
-            json!({"layer": choice.layer, "experts": choice.experts, "weights": choice.weights})
+            let weights: Vec<f64> = choice.weights.iter().map(round).collect();
+            json!({"layer": choice.layer, "experts": choice.experts, "weights": weights})
         };
         json!({
             "token": experts.token,

@@ -101,7 +101,8 @@ impl OutputReader {
             }
             Place::Call => {
                 let Some(format) = self.calls else { return false };
-                let Some((closing, at)) = format.closing().and_then(|closing| Some((closing, self.held.find(closing)?)))
+                let Some((closing, at)) =
+                    format.closing().and_then(|closing| Some((closing, self.held.find(closing)?)))
                 else {
                     return false;
                 };

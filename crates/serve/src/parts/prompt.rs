@@ -34,10 +34,7 @@ impl App {
         let app = self.clone();
         blocking(move || {
             let Some(template) = &app.template else {
-                return Err(ApiError::unsupported(
-                    "messages",
-                    "This model has no chat template: use /v1/completions.",
-                ));
+                return Err(ApiError::unsupported("messages", "This model has no chat template: use /v1/completions."));
             };
             let messages = chat.messages.into_iter().enumerate().map(|(index, message)| {
                 let at = format!("messages[{index}]");
@@ -92,7 +89,9 @@ fn plain_content(mut message: Value, at: &str) -> Result<Value, ApiError> {
                     (Some(kind), Some(text)) if kinds.contains(&kind) => Ok(text),
                     (kind, _) => Err(ApiError::unsupported(
                         format!("{at}.content[{index}].type"),
-                        format!("This model reads text only: wanted a part of type `text` with `text`, found {kind:?}."),
+                        format!(
+                            "This model reads text only: wanted a part of type `text` with `text`, found {kind:?}."
+                        ),
                     )),
                 }
             });
@@ -124,7 +123,10 @@ mod tests {
         let parts = json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]});
         assert_eq!(plain_content(parts, "m").unwrap()["content"], "ab");
         let image = json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]});
-        assert!(plain_content(image, "messages[0]").unwrap_err().object()["error"]["param"] == "messages[0].content[0].type");
+        assert!(
+            plain_content(image, "messages[0]").unwrap_err().object()["error"]["param"]
+                == "messages[0].content[0].type"
+        );
         assert!(plain_content(json!({"role": "user", "content": 7}), "m").is_err());
         let call = json!({"role": "assistant", "content": null,
             "tool_calls": [{"function": {"name": "f", "arguments": "{\"x\": 1}"}}]});

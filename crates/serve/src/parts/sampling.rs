@@ -74,9 +74,10 @@ pub struct SamplingFields {
 /// 400 with the field, the range and the number.
 pub fn check_range(name: &str, value: Option<f32>, low: f32, high: f32) -> Result<(), ApiError> {
     match value {
-        Some(found) if !(low..=high).contains(&found) => {
-            Err(ApiError::invalid(name, format!("Invalid '{name}': wanted a number from {low} to {high}, found {found}.")))
-        }
+        Some(found) if !(low..=high).contains(&found) => Err(ApiError::invalid(
+            name,
+            format!("Invalid '{name}': wanted a number from {low} to {high}, found {found}."),
+        )),
         _ => Ok(()),
     }
 }
@@ -99,7 +100,9 @@ pub fn choices(name: &str, n: Option<usize>) -> Result<usize, ApiError> {
 pub fn top_scores(name: &str, top: Option<usize>) -> Result<usize, ApiError> {
     match top.unwrap_or(0) {
         found @ 0..=MOST_TOP_SCORES => Ok(found),
-        found => Err(ApiError::invalid(name, format!("Invalid '{name}': wanted 0 to {MOST_TOP_SCORES}, found {found}."))),
+        found => {
+            Err(ApiError::invalid(name, format!("Invalid '{name}': wanted 0 to {MOST_TOP_SCORES}, found {found}.")))
+        }
     }
 }
 

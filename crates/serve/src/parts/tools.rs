@@ -261,7 +261,9 @@ impl ToolChoice {
                 let name = object["function"]["name"].as_str().or_else(|| object["name"].as_str());
                 match name.filter(|_| object["type"] == "function") {
                     Some(name) => Self::Named(name.to_string()),
-                    None => return wrong("Invalid 'tool_choice': wanted an object of type `function` with a name.".into()),
+                    None => {
+                        return wrong("Invalid 'tool_choice': wanted an object of type `function` with a name.".into());
+                    }
                 }
             }
         };
@@ -305,7 +307,10 @@ mod tests {
     #[test]
     fn each_family_writes_calls_its_way() {
         let hermes = ToolFormat::Hermes { told: true };
-        assert_eq!(hermes.parse("\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n"), Some(vec![call("f", "{\"x\":1}")]));
+        assert_eq!(
+            hermes.parse("\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n"),
+            Some(vec![call("f", "{\"x\":1}")])
+        );
         assert_eq!(hermes.parse("{\"name\": \"f\"}"), Some(vec![call("f", "{}")]));
         assert_eq!(hermes.parse("{\"title\": \"f\"}"), None);
         assert_eq!(hermes.parse("[]"), None);
@@ -317,7 +322,10 @@ mod tests {
         let named = ToolFormat::Mistral { named: true };
         assert_eq!(named.parse("f[ARGS]{\"x\": 1}"), Some(vec![call("f", "{\"x\":1}")]));
         assert_eq!(named.parse("f{\"x\": 1}"), Some(vec![call("f", "{\"x\":1}")]));
-        assert_eq!(ToolFormat::Llama.parse("{\"name\": \"f\", \"parameters\": {\"x\": 1}}"), Some(vec![call("f", "{\"x\":1}")]));
+        assert_eq!(
+            ToolFormat::Llama.parse("{\"name\": \"f\", \"parameters\": {\"x\": 1}}"),
+            Some(vec![call("f", "{\"x\":1}")])
+        );
     }
 
     #[test]
@@ -332,7 +340,9 @@ mod tests {
         assert_eq!(read(json!("required")), Some(ToolChoice::Required));
         assert_eq!(read(json!({"type": "function", "function": {"name": "g"}})), Some(ToolChoice::Named("g".into())));
         assert_eq!(read(json!({"type": "function", "name": "g"})), Some(ToolChoice::Named("g".into())));
-        for wrong in [json!("perhaps"), json!({"type": "function", "function": {"name": "h"}}), json!({"type": "custom"})] {
+        for wrong in
+            [json!("perhaps"), json!({"type": "function", "function": {"name": "h"}}), json!({"type": "custom"})]
+        {
             assert_eq!(read(wrong), None);
         }
         assert_eq!(ToolChoice::Required.forced(&tools).len(), 2);

@@ -156,7 +156,8 @@ fn served(source: &Source, settings: &Settings, precision: &RunPrecision) -> any
         None => own,
         Some(path) => {
             let name = path.display().to_string();
-            let text = output::utf8(std::fs::read(path).with_context(|| name.clone())?).with_context(|| name.clone())?;
+            let text =
+                output::utf8(std::fs::read(path).with_context(|| name.clone())?).with_context(|| name.clone())?;
             let template = ChatTemplate::new(&text, &name)?;
             Some(own.iter().fold(template, |template, own| template.with_specials_of(own)))
         }
@@ -181,7 +182,8 @@ mod tests {
 
     #[test]
     fn flags_go_before_the_file() {
-        let file: Settings = toml::from_str("port = 1\nname = \"file\"\napi_key = [\"a\"]\nlog_format = \"json\"").unwrap();
+        let file: Settings =
+            toml::from_str("port = 1\nname = \"file\"\napi_key = [\"a\"]\nlog_format = \"json\"").unwrap();
         let flags = Settings { port: Some(2), ..Settings::default() };
         let both = flags.or(file);
         assert_eq!((both.port, both.name.as_deref(), both.log_format), (Some(2), Some("file"), Some(LogFormat::Json)));

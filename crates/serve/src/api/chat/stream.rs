@@ -28,8 +28,7 @@ struct Choice {
 
 impl Chunks {
     pub(super) fn new(answering: Answering, n: usize, include_usage: bool) -> Self {
-        let choice =
-            || Choice { reader: answering.reader.clone(), begun: false, calls: 0, scores: Vec::new() };
+        let choice = || Choice { reader: answering.reader.clone(), begun: false, calls: 0, scores: Vec::new() };
         let choices = std::iter::repeat_with(choice).take(n).collect();
         Self { answering, choices, include_usage, usage: Usage::default() }
     }

@@ -48,7 +48,13 @@ fn chat(model: &str) -> Value {
         ("logprobs", flag()),
         ("top_logprobs", top()),
         ("response_format", format()),
-        ("tools", list(object(&["type", "function"], vec![("type", fixed("function")), ("function", function("parameters"))]))),
+        (
+            "tools",
+            list(object(
+                &["type", "function"],
+                vec![("type", fixed("function")), ("function", function("parameters"))],
+            )),
+        ),
         ("tool_choice", one_of(&["none", "auto", "required"])),
         ("parallel_tool_calls", flag()),
         ("routing", flag()),

@@ -114,7 +114,8 @@ impl Events {
                     let mut empty = item.clone();
                     (empty["arguments"], empty["status"]) = ("".into(), "in_progress".into());
                     let place = json!({"item_id": item["id"], "output_index": index});
-                    events.push(self.event("response.output_item.added", json!({"output_index": index, "item": empty})));
+                    events
+                        .push(self.event("response.output_item.added", json!({"output_index": index, "item": empty})));
                     let mut fields = place.clone();
                     fields["delta"] = call.arguments.clone().into();
                     events.push(self.event("response.function_call_arguments.delta", fields));
