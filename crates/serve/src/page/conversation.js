@@ -19,6 +19,7 @@ export class Conversation {
     this.tint = () => null;
     this.abort = null;
     this.model = "";
+    this.dense = false;
     this.node = byId("messages");
     this.scroller = byId("scroller");
     this.welcome();
@@ -36,7 +37,7 @@ export class Conversation {
     const offers = EXAMPLES[mode].map((text) => element("button", { class: "offer", type: "button", onclick: () => this.ask(text, mode) }, text));
     this.node.replaceChildren(element("div", { class: "welcome" },
       element("h2", {}, "Ask, then look inside"),
-      element("p", {}, "Every token of prompt and answer can be opened to see which experts it went through."),
+      element("p", {}, this.dense ? "This model has no experts; the tokens of prompt and answer can be opened all the same." : "Every token of prompt and answer can be opened to see which experts it went through."),
       element("div", { class: "offers" }, ...offers)));
   }
 
