@@ -123,7 +123,8 @@ fn known_role(mut message: Value, at: &str, template: &str) -> Result<Value, Api
         return Ok(message);
     }
     if role != "developer" {
-        let message = format!("Wanted a role of {}, developer or the template's own, found {role:?}.", known.join(", "));
+        let message =
+            format!("Wanted a role of {}, developer or the template's own, found {role:?}.", known.join(", "));
         return Err(ApiError::invalid(format!("{at}.role"), message));
     }
     message["role"] = "system".into();
