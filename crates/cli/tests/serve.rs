@@ -61,7 +61,8 @@ fn start() -> (Child, String) {
 #[test]
 fn a_signal_lets_it_finish_and_end() {
     let (mut child, address) = start();
-    let body = r#"{"model": "moebius", "prompt": "Once upon a", "max_tokens": 100, "ignore_eos": true, "stream": true}"#;
+    let body =
+        r#"{"model": "moebius", "prompt": "Once upon a", "max_tokens": 100, "ignore_eos": true, "stream": true}"#;
     let mut stream = TcpStream::connect(&address).unwrap();
     write!(
         stream,

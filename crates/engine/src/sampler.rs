@@ -261,8 +261,7 @@ impl<'l> Ranked<'l> {
     fn new(logits: Cow<'l, [f32]>, count: usize, top_k: usize, temperature: f32) -> Self {
         let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let floor = greatest - Self::RARE * temperature;
-        let mut ranked =
-            Self { logits, scores: Vec::new(), floor, count, sorted: 0, greatest, temperature, sum: 1.0 };
+        let mut ranked = Self { logits, scores: Vec::new(), floor, count, sorted: 0, greatest, temperature, sum: 1.0 };
         if top_k > 0 && top_k < count {
             ranked.floor = f32::NEG_INFINITY;
             ranked.gather(f32::INFINITY);
