@@ -174,8 +174,9 @@ export class Conversation {
     const made = message.usage?.completion_tokens;
     if (made) {
       const during = message.seconds - (message.first ?? 0);
-      facts.push(`${made} tokens`);
-      if (made > 1 && during > 0) facts.push(`${((made - 1) / during).toFixed(1)} tokens/s`);
+      // A short answer may arrive in one piece: then only its whole time says anything.
+      const rate = during > 0.2 ? (made - 1) / during : made / message.seconds;
+      facts.push(`${made} tokens`, `${rate.toFixed(1)} tokens/s`);
     }
     if (message.first !== undefined) facts.push(`first after ${message.first.toFixed(2)} s`);
     if (message.finish === "stopped") facts.push("stopped");
