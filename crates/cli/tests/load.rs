@@ -86,7 +86,7 @@ fn chat(mut stream: TcpStream, body: &Value, manner: Manner) -> std::io::Result<
         return reply(&mut stream, 200, &json!({"choices": [], "usage": usage}));
     }
     let number = STREAMS[manner as usize].fetch_add(1, Ordering::SeqCst);
-    if manner == Manner::Busy && number % 3 == 0 {
+    if manner == Manner::Busy && number.is_multiple_of(3) {
         return reply(&mut stream, 429, &json!({"error": {"message": "busy", "type": "overloaded"}}));
     }
     write!(stream, "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")?;

@@ -13,6 +13,7 @@
 //! - top-p (Holtzman et al., 2019): the fewest most likely tokens whose probabilities reach p;
 //! - min-p (Nguyen et al., 2024): tokens at least `min_p` times as likely as the likeliest.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use rand_chacha::ChaCha8Rng;
@@ -159,25 +160,19 @@ impl Sampler {
     }
 
     /// The candidates before top-p and min-p, to be looked at from the likeliest on.
-    fn ranked(&self, logits: &[f32], history: &[u32]) -> Result<Ranked, EngineError> {
+    fn ranked<'l>(&self, logits: &'l [f32], history: &[u32]) -> Result<Ranked<'l>, EngineError> {
         if let Some((token, &found)) = logits.iter().enumerate().find(|(_, x)| x.is_nan() || **x == f32::INFINITY) {
             return Err(EngineError::Logits { token, found });
         }
-        let mut changed = Vec::new();
-        let penalised = self.penalises() && !history.is_empty();
-        let logits = if penalised || !self.bias.is_empty() {
-            changed.extend_from_slice(logits);
-            self.change(&mut changed, history);
-            &changed
-        } else {
-            logits
-        };
-        let scores: Vec<(u32, f32)> =
-            logits.iter().enumerate().filter(|(_, x)| x.is_finite()).map(|(i, &x)| (i as u32, x)).collect();
-        if scores.is_empty() {
+        let mut logits = Cow::Borrowed(logits);
+        if (self.penalises() && !history.is_empty()) || !self.bias.is_empty() {
+            self.change(logits.to_mut(), history);
+        }
+        let count = logits.iter().filter(|x| x.is_finite()).count();
+        if count == 0 {
             return Err(EngineError::NoCandidate(logits.len()));
         }
-        Ok(Ranked::new(scores, self.options.top_k, self.options.temperature))
+        Ok(Ranked::new(logits, count, self.options.top_k, self.options.temperature))
     }
 
     fn penalises(&self) -> bool {
@@ -241,50 +236,81 @@ struct Survivors {
     probability: f64,
 }
 
-/// Candidates that are sorted only as far as somebody looks: of a hundred thousand tokens a few dozen matter.
-struct Ranked {
+/// Candidates that are gathered and sorted only as far as somebody looks: of a hundred thousand tokens a few dozen matter.
+struct Ranked<'l> {
+    logits: Cow<'l, [f32]>,
+    /// Candidates whose logits are at least `floor`.
     scores: Vec<(u32, f32)>,
+    floor: f32,
+    /// All candidates.
+    count: usize,
     /// Places from the first that are sorted.
     sorted: usize,
-    greatest: f64,
-    temperature: f64,
-    /// The sum of what [`Ranked::weight`] gives.
+    greatest: f32,
+    temperature: f32,
+    /// The sum of what [`Ranked::weight`] gives for all candidates.
     sum: f64,
 }
 
-impl Ranked {
+impl<'l> Ranked<'l> {
     /// Places sorted at the first look; each further look sorts four times as many.
     const FIRST: usize = 64;
+    /// Tokens less likely than the likeliest by a factor of e to this power are gathered only when the others are used up.
+    const RARE: f32 = 12.0;
 
-    fn new(mut scores: Vec<(u32, f32)>, top_k: usize, temperature: f32) -> Self {
-        if top_k > 0 && top_k < scores.len() {
-            scores.select_nth_unstable_by(top_k - 1, by_score);
-            scores.truncate(top_k);
-            scores.sort_unstable_by_key(|&(token, _)| token);
-        }
-        let greatest = f64::from(scores.iter().fold(f32::NEG_INFINITY, |most, score| most.max(score.1)));
-        let mut ranked = Self { scores, sorted: 0, greatest, temperature: f64::from(temperature), sum: 1.0 };
-        if temperature > 0.0 {
-            ranked.sum = ranked.scores.iter().map(|score| ranked.weight(score.1)).sum();
+    fn new(logits: Cow<'l, [f32]>, count: usize, top_k: usize, temperature: f32) -> Self {
+        let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let floor = greatest - Self::RARE * temperature;
+        let mut ranked = Self { logits, scores: Vec::new(), floor, count, sorted: 0, greatest, temperature, sum: 1.0 };
+        if top_k > 0 && top_k < count {
+            ranked.floor = f32::NEG_INFINITY;
+            ranked.gather(f32::INFINITY);
+            ranked.scores.select_nth_unstable_by(top_k - 1, by_score);
+            ranked.scores.truncate(top_k);
+            ranked.scores.sort_unstable_by(by_score);
+            (ranked.sorted, ranked.count) = (top_k, top_k);
+            ranked.sum = ranked.scores.iter().map(|score| f64::from(ranked.weight(score.1))).sum();
+        } else if temperature > 0.0 {
+            ranked.gather(f32::INFINITY);
+            // Blocks of independent weights, which the compiler computes side by side.
+            let mut weights = [0.0f32; 16];
+            ranked.sum = 0.0;
+            for logits in ranked.logits.chunks(weights.len()) {
+                weights.iter_mut().zip(logits).for_each(|(weight, &logit)| *weight = ranked.weight(logit));
+                ranked.sum += weights[..logits.len()].iter().map(|&weight| f64::from(weight)).sum::<f64>();
+            }
         }
         ranked
     }
 
+    /// Adds the candidates from the floor up to `below`.
+    fn gather(&mut self, below: f32) {
+        let floor = self.floor;
+        let wanted = |x: &f32| x.is_finite() && *x >= floor && *x < below;
+        let found = self.logits.iter().enumerate().filter(|(_, x)| wanted(x)).map(|(id, &x)| (id as u32, x));
+        self.scores.extend(found);
+    }
+
     fn len(&self) -> usize {
-        self.scores.len()
+        self.count
     }
 
+    /// The greatest logit's token, the lower id where two are equal.
     fn best(&self) -> u32 {
-        self.scores.iter().min_by(|a, b| by_score(a, b)).expect("not empty").0
+        self.logits.iter().position(|&x| x == self.greatest).unwrap_or(0) as u32
     }
 
-    fn weight(&self, logit: f32) -> f64 {
-        ((f64::from(logit) - self.greatest) / self.temperature).exp()
+    fn weight(&self, logit: f32) -> f32 {
+        exp_of_negative((logit - self.greatest) / self.temperature)
     }
 
     /// The candidate of a place, the likeliest being that of place 0.
     fn at(&mut self, place: usize) -> Candidate {
         while place >= self.sorted {
+            if self.sorted == self.scores.len() {
+                let below = std::mem::replace(&mut self.floor, f32::NEG_INFINITY);
+                self.gather(below);
+            }
             let rest = &mut self.scores[self.sorted..];
             let more = (3 * self.sorted).max(Self::FIRST).min(rest.len());
             if more < rest.len() {
@@ -294,8 +320,23 @@ impl Ranked {
             self.sorted += more;
         }
         let (token, logit) = self.scores[place];
-        Candidate { token, probability: self.weight(logit) / self.sum }
+        Candidate { token, probability: f64::from(self.weight(logit)) / self.sum }
     }
+}
+
+/// e to a power that is not positive, to 2 units in the last place; below -87 as at -87. The same bits on every processor.
+fn exp_of_negative(x: f32) -> f32 {
+    /// Added and taken off again, it rounds to a whole number, which then stands in the last bits.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.max(-87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let whole = shifted - ROUND;
+    // ln 2 in two parts, the first exact in its product with a small whole number.
+    let rest = (x - whole * 0.693_359_4) + whole * 2.121_944_4e-4;
+    let polynomial = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let fraction = polynomial.iter().fold(0.0, |sum, coefficient| sum * rest + coefficient);
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    fraction * f32::from_bits(exponent << 23)
 }
 
 /// Descending, ties to the lower id: a total order, so that sorting has one result.
@@ -421,6 +462,17 @@ mod tests {
         assert!((sum - 1.0).abs() < 1e-9);
         let part = Sampler::new(SamplingOptions { top_p: 0.9, ..plain() }).unwrap().distribution(&logits, &[]).unwrap();
         assert!(part.len() < 5000 && part.iter().zip(&all).all(|(a, b)| a.token == b.token));
+    }
+
+    #[test]
+    fn the_exponential_is_one() {
+        for i in 0..=87_000 {
+            let x = -(i as f32) / 1000.0;
+            let (found, wanted) = (f64::from(exp_of_negative(x)), f64::from(x).exp());
+            assert!((found / wanted - 1.0).abs() < 4e-7, "{x}: {found} instead of {wanted}");
+        }
+        assert_eq!(exp_of_negative(0.0), 1.0);
+        assert!(exp_of_negative(f32::NEG_INFINITY) < 2e-38);
     }
 
     #[test]

@@ -111,7 +111,7 @@ fn address(request: &Request) -> Option<IpAddr> {
 
 fn number(address: IpAddr) -> u64 {
     let all = match address {
-        IpAddr::V4(v4) => u128::from(v4.to_ipv6_mapped().to_bits()),
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
         IpAddr::V6(v6) => v6.to_bits(),
     };
     (all >> 64) as u64 ^ all as u64

@@ -56,6 +56,8 @@ pub struct ModelCard {
     pub weights: String,
     /// Bytes of keys and values that a token takes.
     pub kv_bytes_per_token: usize,
+    /// Whether it can hold a conversation.
+    pub chat_template: bool,
 }
 
 /// How many weights a model has.
@@ -171,6 +173,7 @@ fn card(served: &ServedModel, name: &str, kv_bytes_per_token: usize) -> ModelCar
         parameters: Parameters { total: count.total, active: count.active },
         weights: served.weights.clone(),
         kv_bytes_per_token,
+        chat_template: served.template.is_some(),
     }
 }
 

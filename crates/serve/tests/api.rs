@@ -167,7 +167,7 @@ fn a_tool_that_must_be_called_is_called() {
     assert_eq!((deltas.len(), &deltas[0][0]["function"], &deltas[0][0]["index"]), (1, call, &json!(0)));
 
     let tool = json!({"name": "weather", "input_schema": parameters});
-    let message = json!({"model": "small", "max_tokens": 200, "messages": [{"role": "user", "content": "?"}],
+    let message = json!({"model": "small", "max_tokens": 200, "seed": 5, "messages": [{"role": "user", "content": "?"}],
         "tools": [tool], "tool_choice": {"type": "tool", "name": "weather"}});
     let answer = server.post("/v1/messages", &message).ok();
     let block = &answer["content"][0];
@@ -183,7 +183,7 @@ fn a_tool_that_must_be_called_is_called() {
 
     let tool = json!({"type": "function", "name": "weather", "parameters": parameters});
     let request = json!({"model": "small", "input": "?", "tools": [tool], "tool_choice": "required",
-        "max_output_tokens": 200, "parallel_tool_calls": false});
+        "seed": 5, "max_output_tokens": 200, "parallel_tool_calls": false});
     let item = server.post("/v1/responses", &request).ok()["output"][0].clone();
     assert_eq!((&item["type"], &item["name"]), (&json!("function_call"), &json!("weather")));
 }

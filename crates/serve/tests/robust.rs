@@ -122,7 +122,7 @@ fn bad_requests_get_the_error_object() {
         assert_eq!((answer.status, error["param"].as_str()), (status, param), "{body}: {error}");
     }
     let mut nested = json!({"type": "string"});
-    for _ in 0..50 {
+    for _ in 0..70 {
         nested = json!({"type": "array", "items": nested});
     }
     let format = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": nested}});

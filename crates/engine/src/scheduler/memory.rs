@@ -106,9 +106,9 @@ impl<'m> Memory<'m> {
         tokens
     }
 
-    /// Keeps what a sequence has read, for those that begin alike.
+    /// Keeps what a sequence has read, for those that begin alike. Texts that are only embedded are not written on.
     pub(super) fn keep(&mut self, sequence: &Sequence<'m>) {
-        if self.options.share_prefixes {
+        if self.options.share_prefixes && sequence.writes() {
             self.tree.insert(sequence.tenant, &sequence.paged);
         }
     }

@@ -114,6 +114,10 @@ impl<'m> Sequence<'m> {
         }
     }
 
+    pub(super) fn writes(&self) -> bool {
+        matches!(self.work, Work::Generate(_))
+    }
+
     pub(super) fn traces(&self) -> bool {
         matches!(&self.work, Work::Generate(writer) if writer.options.trace_experts)
     }

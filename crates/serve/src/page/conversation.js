@@ -19,6 +19,7 @@ export class Conversation {
     this.tint = () => null;
     this.abort = null;
     this.model = "";
+    this.dense = false;
     this.node = byId("messages");
     this.scroller = byId("scroller");
     this.welcome();
@@ -36,7 +37,7 @@ export class Conversation {
     const offers = EXAMPLES[mode].map((text) => element("button", { class: "offer", type: "button", onclick: () => this.ask(text, mode) }, text));
     this.node.replaceChildren(element("div", { class: "welcome" },
       element("h2", {}, "Ask, then look inside"),
-      element("p", {}, "Every token of prompt and answer can be opened to see which experts it went through."),
+      element("p", {}, this.dense ? "This model has no experts; the tokens of prompt and answer can be opened all the same." : "Every token of prompt and answer can be opened to see which experts it went through."),
       element("div", { class: "offers" }, ...offers)));
   }
 
@@ -173,8 +174,9 @@ export class Conversation {
     const made = message.usage?.completion_tokens;
     if (made) {
       const during = message.seconds - (message.first ?? 0);
-      facts.push(`${made} tokens`);
-      if (made > 1 && during > 0) facts.push(`${((made - 1) / during).toFixed(1)} tokens/s`);
+      // A short answer may arrive in one piece: then only its whole time says anything.
+      const rate = during > 0.2 ? (made - 1) / during : made / message.seconds;
+      facts.push(`${made} tokens`, `${rate.toFixed(1)} tokens/s`);
     }
     if (message.first !== undefined) facts.push(`first after ${message.first.toFixed(2)} s`);
     if (message.finish === "stopped") facts.push("stopped");

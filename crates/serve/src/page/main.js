@@ -144,6 +144,7 @@ async function poll(wait) {
 async function learnModel() {
   model = await getJson("/v1/moebius/model");
   conversation.model = model.name;
+  conversation.dense = !(model.n_experts > 0);
   byId("model-name").textContent = model.name;
   document.title = `${model.name} · Moebius`;
   byId("panel-model").replaceChildren(...modelCard(model));
@@ -151,8 +152,8 @@ async function learnModel() {
     document.querySelector('[name="mode"][value="complete"]').checked = true;
     document.querySelector('[name="mode"][value="chat"]').disabled = true;
     byId("mode").title = "This model has no chat template";
-    showMode();
   }
+  showMode();
   experts.setModel(model);
   showToken();
 }

@@ -5,9 +5,11 @@
 
 use axum::Router;
 use axum::extract::Path;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+
+use crate::error::ApiError;
 
 /// What the browser may do with the page (<https://www.w3.org/TR/CSP3/>): files and calls from here only, no inline
 /// script or style, no frames around it, no HTML from strings.
@@ -63,7 +65,7 @@ pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
 fn find(name: &str) -> Response {
     match ASSETS.iter().skip(1).find(|asset| asset.name == name) {
         Some(asset) => serve(asset),
-        None => StatusCode::NOT_FOUND.into_response(),
+        None => ApiError::no_route("GET", &format!("/assets/{name}")).into_response(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the browser test cannot see: that nothing points away from the server, and that every file is served.
 
 use axum::body::{Body, to_bytes};
-use axum::http::Request;
+use axum::http::{Request, StatusCode};
 use tower::ServiceExt;
 
 use super::*;
@@ -101,4 +101,7 @@ async fn other_names_are_not_found() {
     for path in ["/assets/mod.rs", "/assets/../mod.rs", "/assets/%2e%2e%2fmod.rs", "/assets/", "/assets/index.html"] {
         assert_eq!(fetch(path).await.0, StatusCode::NOT_FOUND, "{path}");
     }
+    let (_, _, text) = fetch("/assets/mod.rs").await;
+    let error: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(error["error"]["message"].as_str().unwrap().contains("/assets/mod.rs"));
 }

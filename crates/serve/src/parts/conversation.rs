@@ -61,13 +61,12 @@ impl Ask {
         for (generate, constraint) in generates.iter_mut().zip(constraints) {
             generate.scores = self.scores;
             generate.trace_experts = self.routing;
-            generate.show_special = !offered.is_empty() && app.tool_format.has_special();
+            generate.show_special = app.tool_format.has_special(!offered.is_empty());
             generate.constraint = constraint;
         }
         let rendered = app.render(conversation(app, self.messages, offered, self.variables)).await?;
         let thinks = app.template.as_ref().is_some_and(|template| template.source().contains("<think>"));
-        let calls = (!offered.is_empty()).then_some(app.tool_format);
-        let reader = OutputReader::new(thinks, rendered.in_thoughts, calls);
+        let reader = OutputReader::new(app.tool_format, !offered.is_empty(), thinks, rendered.in_thoughts);
         Ok(Ready { prompt: rendered.tokens, generates, reader })
     }
 }

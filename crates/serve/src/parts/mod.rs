@@ -2,6 +2,7 @@
 
 pub mod conversation;
 pub mod generation;
+pub mod harmony;
 pub mod output;
 pub mod prompt;
 pub mod sampling;

@@ -1,5 +1,6 @@
 //! What a model wrote, told apart: thoughts, text, calls of tools, while it is still writing.
 
+use super::harmony::HarmonyReader;
 use super::tools::{Call, ToolFormat};
 
 const THOUGHTS_OPEN: &str = "<think>";
@@ -26,9 +27,45 @@ enum Place {
     Call,
 }
 
-/// Reads an answer piece by piece. What may become a mark is held back.
+/// Reads an answer piece by piece.
 #[derive(Clone, Debug)]
-pub struct OutputReader {
+pub enum OutputReader {
+    /// Text in which marks stand.
+    Marks(MarkReader),
+    /// Messages in channels.
+    Harmony(HarmonyReader),
+}
+
+impl OutputReader {
+    /// A reader for a model whose calls have a form: at the beginning of an answer, or inside the thoughts that the prompt
+    /// has opened. `offered` says whether there are tools to be called.
+    pub fn new(format: ToolFormat, offered: bool, thinks: bool, in_thoughts: bool) -> Self {
+        match format {
+            ToolFormat::Harmony => Self::Harmony(HarmonyReader::new()),
+            format => Self::Marks(MarkReader::new(thinks, in_thoughts, offered.then_some(format))),
+        }
+    }
+
+    /// Takes a piece; gives what became certain.
+    pub fn push(&mut self, piece: &str) -> Vec<Delta> {
+        match self {
+            Self::Marks(reader) => reader.push(piece),
+            Self::Harmony(reader) => reader.push(piece),
+        }
+    }
+
+    /// What was held back, when nothing more will come.
+    pub fn finish(&mut self) -> Vec<Delta> {
+        match self {
+            Self::Marks(reader) => reader.finish(),
+            Self::Harmony(reader) => reader.finish(),
+        }
+    }
+}
+
+/// Reads text with marks. What may become a mark is held back.
+#[derive(Clone, Debug)]
+pub struct MarkReader {
     /// Whether the model has thoughts.
     thinks: bool,
     /// The form of calls, where tools were offered.
@@ -39,7 +76,7 @@ pub struct OutputReader {
     held: String,
 }
 
-impl OutputReader {
+impl MarkReader {
     /// A reader at the beginning of an answer, or inside the thoughts that the prompt has opened.
     pub fn new(thinks: bool, in_thoughts: bool, calls: Option<ToolFormat>) -> Self {
         let place = if in_thoughts { Place::Thoughts } else { Place::Beginning };
@@ -196,8 +233,8 @@ mod tests {
     use super::*;
 
     /// However a text is cut, the same is read.
-    fn read(reader: &OutputReader, text: &str) -> Answer {
-        let whole = Answer::read(reader.clone(), text);
+    fn read(reader: &MarkReader, text: &str) -> Answer {
+        let whole = Answer::read(OutputReader::Marks(reader.clone()), text);
         for size in 1..text.len().min(9) {
             let (mut cut, mut answer) = (reader.clone(), Answer::default());
             let letters: Vec<char> = text.chars().collect();
@@ -219,29 +256,29 @@ mod tests {
 
     #[test]
     fn thoughts_stand_before_the_text() {
-        let thinks = OutputReader::new(true, false, None);
+        let thinks = MarkReader::new(true, false, None);
         assert_eq!(read(&thinks, "<think>a < b</think>\n\ntext <think>"), answer("text <think>", "a < b", &[]));
         assert_eq!(read(&thinks, "no <think>thoughts"), answer("no <think>thoughts", "", &[]));
         assert_eq!(read(&thinks, "<thin"), answer("<thin", "", &[]));
-        assert_eq!(read(&OutputReader::new(true, true, None), "a</think>b"), answer("b", "a", &[]));
-        assert_eq!(read(&OutputReader::new(true, true, None), "a</thi"), answer("", "a</thi", &[]));
-        assert_eq!(read(&OutputReader::new(false, false, None), "<think>a"), answer("<think>a", "", &[]));
+        assert_eq!(read(&MarkReader::new(true, true, None), "a</think>b"), answer("b", "a", &[]));
+        assert_eq!(read(&MarkReader::new(true, true, None), "a</thi"), answer("", "a</thi", &[]));
+        assert_eq!(read(&MarkReader::new(false, false, None), "<think>a"), answer("<think>a", "", &[]));
     }
 
     #[test]
     fn calls_are_taken_out_of_the_text() {
-        let reader = OutputReader::new(false, false, HERMES);
+        let reader = MarkReader::new(false, false, HERMES);
         let call = |name: &str| format!("<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {{}}}}\n</tool_call>");
         assert_eq!(read(&reader, &format!("so:\n{}\n{}", call("f"), call("g"))), answer("so:", "", &["f", "g"]));
         assert_eq!(read(&reader, "a <tool_call>b</tool_call> c"), answer("a<tool_call>b</tool_call> c", "", &[]));
         assert_eq!(read(&reader, "<tool_call>{\"name\": \"f\", \"arguments\": {}}"), answer("", "", &["f"]));
         assert_eq!(read(&reader, "1 < 2"), answer("1 < 2", "", &[]));
-        let mistral = OutputReader::new(false, false, Some(ToolFormat::Mistral { named: false }));
+        let mistral = MarkReader::new(false, false, Some(ToolFormat::Mistral { named: false }));
         assert_eq!(read(&mistral, "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {}}]"), answer("", "", &["f"]));
-        let llama = OutputReader::new(false, false, Some(ToolFormat::Llama));
+        let llama = MarkReader::new(false, false, Some(ToolFormat::Llama));
         assert_eq!(read(&llama, "{\"name\": \"f\", \"parameters\": {}}"), answer("", "", &["f"]));
         assert_eq!(read(&llama, "{\"title\": 1}"), answer("{\"title\": 1}", "", &[]));
-        let none = OutputReader::new(false, false, None);
+        let none = MarkReader::new(false, false, None);
         assert_eq!(read(&none, &call("f")), answer(&call("f"), "", &[]));
     }
 }

@@ -38,7 +38,7 @@ impl App {
             };
             let messages = chat.messages.into_iter().enumerate().map(|(index, message)| {
                 let at = format!("messages[{index}]");
-                let message = plain_content(message, &at)?;
+                let message = known_role(plain_content(message, &at)?, &at, template.source())?;
                 Message::from_json(message).ok_or_else(|| ApiError::invalid(at, "Wanted an object with a `role`."))
             });
             let messages = messages.collect::<Result<Vec<_>, _>>()?;
@@ -113,6 +113,24 @@ fn plain_content(mut message: Value, at: &str) -> Result<Value, ApiError> {
     Ok(message)
 }
 
+/// A message whose role is one of OpenAI's, or of the template's own. A template that has no developers takes their words
+/// as the system's.
+fn known_role(mut message: Value, at: &str, template: &str) -> Result<Value, ApiError> {
+    let known = ["system", "user", "assistant", "tool", "function"];
+    let role = message["role"].as_str().unwrap_or_default();
+    let named = |role: &str| [format!("'{role}'"), format!("\"{role}\"")].iter().any(|word| template.contains(word));
+    if role.is_empty() || known.contains(&role) || named(role) {
+        return Ok(message);
+    }
+    if role != "developer" {
+        let message =
+            format!("Wanted a role of {}, developer or the template's own, found {role:?}.", known.join(", "));
+        return Err(ApiError::invalid(format!("{at}.role"), message));
+    }
+    message["role"] = "system".into();
+    Ok(message)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,5 +149,17 @@ mod tests {
         let call = json!({"role": "assistant", "content": null,
             "tool_calls": [{"function": {"name": "f", "arguments": "{\"x\": 1}"}}]});
         assert_eq!(plain_content(call, "m").unwrap()["tool_calls"][0]["function"]["arguments"]["x"], 1);
+    }
+
+    #[test]
+    fn roles_are_known() {
+        let role = |role: &str, template: &str| known_role(json!({"role": role}), "messages[3]", template);
+        assert_eq!(role("user", "").unwrap()["role"], "user");
+        assert_eq!(role("developer", "").unwrap()["role"], "system");
+        assert_eq!(role("developer", "{% if m.role == 'developer' %}").unwrap()["role"], "developer");
+        assert!(role("ipython", "m.role == \"ipython\"").is_ok());
+        let error = role("wizard", "").unwrap_err().object();
+        assert_eq!(error["error"]["param"], "messages[3].role");
+        assert!(error["error"]["message"].as_str().unwrap().contains("wizard"));
     }
 }

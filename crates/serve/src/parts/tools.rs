@@ -2,6 +2,7 @@
 //!
 //! - Hermes and Qwen: `<tool_call>\n{"name": …, "arguments": …}\n</tool_call>`, one after the other;
 //! - Mistral: `[TOOL_CALLS]` and a list of such objects, in later models `[TOOL_CALLS]name[ARGS]{…}`;
+//! - gpt-oss: a message to the tool, see [`super::harmony`];
 //! - Llama 3: the whole answer is `{"name": …, "parameters": …}`, perhaps behind `<|python_tag|>`.
 //!
 //! A model whose template knows no tools is told of them, and of Hermes' form, in a system message.
@@ -30,6 +31,8 @@ pub enum ToolFormat {
     },
     /// Llama's object.
     Llama,
+    /// A message in a channel.
+    Harmony,
 }
 
 impl ToolFormat {
@@ -37,6 +40,7 @@ impl ToolFormat {
     pub fn of(template: Option<&ChatTemplate>) -> Self {
         let source = template.map_or("", ChatTemplate::source);
         match source {
+            source if source.contains("<|channel|>") => Self::Harmony,
             source if source.contains("[TOOL_CALLS]") => Self::Mistral { named: source.contains("[ARGS]") },
             source if source.contains("<tool_call>") => Self::Hermes { told: true },
             source if source.contains("<|python_tag|>") || source.contains("\"parameters\": dictionary") => Self::Llama,
@@ -44,9 +48,9 @@ impl ToolFormat {
         }
     }
 
-    /// Whether the form has special tokens, which must then be part of the text.
-    pub fn has_special(self) -> bool {
-        matches!(self, Self::Mistral { .. })
+    /// Whether the answer has special tokens that must be part of the text; `offered` says whether there are tools.
+    pub fn has_special(self, offered: bool) -> bool {
+        self == Self::Harmony || (offered && matches!(self, Self::Mistral { .. }))
     }
 
     /// Where a call begins in the text.
@@ -55,6 +59,7 @@ impl ToolFormat {
             Self::Hermes { .. } => "<tool_call>",
             Self::Mistral { .. } => "[TOOL_CALLS]",
             Self::Llama => "<|python_tag|>",
+            Self::Harmony => "<|channel|>",
         }
     }
 
@@ -87,6 +92,7 @@ impl ToolFormat {
     /// A grammar for an answer that calls one of the tools, or with `parallel` several.
     pub fn grammar(self, tools: &[Tool], parallel: bool, tokenizer: &Tokenizer) -> Grammar {
         let mut rules = String::new();
+        let mark = |name: &str| token(&format!("<|{name}|>"), tokenizer);
         let key = if self == Self::Llama { "parameters" } else { "arguments" };
         let names: Vec<String> = (0..tools.len()).map(|index| format!("tool_{index}")).collect();
         for (index, tool) in tools.iter().enumerate() {
@@ -94,6 +100,10 @@ impl ToolFormat {
             let (before, after) = match self {
                 Self::Mistral { named: true } => {
                     (format!("{} {}", quoted(&tool.name), token("[ARGS]", tokenizer)), String::new())
+                }
+                Self::Harmony => {
+                    let header = quoted(&format!("commentary to=functions.{} ", tool.name));
+                    (format!("{header} {} \"json\" {}", mark("constrain"), mark("message")), String::new())
                 }
                 _ => (quoted(&format!("{{\"name\": {name}, \"{key}\": ")), quoted("}")),
             };
@@ -113,6 +123,7 @@ impl ToolFormat {
                 format!("start: {opening} \"[\" call {more} \"]\"\ncall: {any}\n")
             }
             Self::Llama => format!("start: {any}\n"),
+            Self::Harmony => format!("start: {} ({any})\n", mark("channel")),
         };
         Grammar::Lark(start + &rules)
     }

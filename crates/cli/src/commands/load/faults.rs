@@ -159,7 +159,7 @@ impl Fault {
             Self::UnknownFields => with(json!({"frobnicate": {"deep": [1, null, "x"]}, "max_tokens": 2})),
             Self::WrongTypes => with(json!({"max_tokens": "many", "temperature": [], "messages": 7, "prompt": {}})),
             Self::WrongNumbers => with(json!({"max_tokens": -5, "temperature": -1e300, "top_p": 7})),
-            Self::DeepSchema => schema(deep_schema(40)),
+            Self::DeepSchema => schema(deep_schema(30)),
             Self::HugePattern => schema(json!({"type": "string", "pattern": "^((a|b)*c{1,1000}){1000}$"})),
             Self::NoSuchPath => request(target, "POST", "/v1/frobnicate", body.to_string().as_bytes()),
             _ => request(target, "DELETE", path, b""),
