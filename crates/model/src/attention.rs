@@ -66,6 +66,7 @@ impl AttentionPlan {
             head_dim: config.head_dim,
             scale: (config.head_dim as f32).powf(-0.5),
             window: config.window,
+            bidirectional: false,
         };
         Self { shape, rope: RotaryAngles::new(config), eps: config.rms_eps as f32 }
     }
