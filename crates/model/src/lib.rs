@@ -19,11 +19,13 @@ mod feed_forward;
 pub mod files;
 pub mod gguf;
 mod loss;
+mod methods;
 mod observer;
 pub mod packed;
 mod running;
 pub mod safetensors;
 pub mod shapes;
+pub mod vision;
 
 pub use batch::Batch;
 pub use cache::KvCache;

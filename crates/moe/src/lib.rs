@@ -12,6 +12,7 @@ mod balance;
 mod error;
 mod experts;
 mod layer;
+pub mod placement;
 mod plan;
 mod router;
 pub mod routers;

@@ -31,6 +31,7 @@ pub mod recipe;
 pub mod run_folder;
 pub mod schedule;
 pub mod trainer;
+pub mod vision;
 
 pub use error::{Result, TrainError};
 pub use progress::{Event, Progress, Silent};

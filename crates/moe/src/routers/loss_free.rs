@@ -31,7 +31,7 @@ pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, Moe
     }
     Ok(Box::new(LossFree {
         weight: setup.score_weight("router")?,
-        bias: (setup.param)("router_bias", &[setup.experts])?,
+        bias: (setup.param)("selection_bias", &[setup.experts])?,
         top_k,
         sigmoid: setup.word("score", &["sigmoid", "softmax"])? == 0,
         renormalise,

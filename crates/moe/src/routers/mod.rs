@@ -20,6 +20,7 @@ mod hash;
 mod hierarchical;
 mod loss_free;
 pub(crate) mod math;
+mod method;
 pub mod mixtures;
 mod noisy_top_k;
 mod options;
@@ -34,6 +35,7 @@ pub use assignment::auction;
 pub use balancing::{GlobalCounts, global_balance_loss, sequence_balance_loss};
 pub use depths::{CausalSampler, DepthDecision, MixtureOfDepths, sampler_loss};
 pub use hash::{balanced_table, clustered_table, dispersed_table, random_table};
+pub use method::{MethodConfig, MethodLayer, MethodWeight};
 pub use options::{OptionValue, Options, Setup};
 pub use soft::SoftMoe;
 

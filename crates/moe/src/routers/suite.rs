@@ -152,7 +152,7 @@ fn gradients_agree(case: &Case, seed: u64) -> Result<(), String> {
     .map_err(|complaint| format!("x{complaint}"))?;
     for (id, param) in layer.router.params().iter().enumerate() {
         let Some(gradient) = gradients.get(id) else {
-            assert!(param.name() == "router_bias", "{}: nothing reached {}", case.label(), param.name());
+            assert!(param.name() == "selection_bias", "{}: nothing reached {}", case.label(), param.name());
             continue;
         };
         let mut moved = values.clone();

@@ -3,46 +3,62 @@
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use super::Recipe;
 use super::locate::Located;
+use super::{OptimizerSection, Recipe};
 
 /// A rule that a recipe breaks.
-pub(super) struct Violation {
+pub(crate) struct Violation {
     /// The dotted key to blame.
-    pub(super) key: String,
+    pub(crate) key: String,
     /// What was wanted and what was found.
-    pub(super) message: String,
+    pub(crate) message: String,
 }
 
 /// Collects what is wrong, in the order of the checks.
-struct Checks(Vec<Violation>);
+#[derive(Default)]
+pub(crate) struct Checks(Vec<Violation>);
 
 impl Checks {
-    fn require(&mut self, holds: bool, key: &str, wanted: impl Display, found: impl Display) {
+    /// The first complaint.
+    pub(crate) fn first(self) -> Option<Violation> {
+        self.0.into_iter().next()
+    }
+
+    /// Whether there is nothing to complain about so far.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// A complaint in words of its own.
+    pub(crate) fn complain(&mut self, key: &str, message: String) {
+        self.0.push(Violation { key: key.to_owned(), message });
+    }
+
+    pub(crate) fn require(&mut self, holds: bool, key: &str, wanted: impl Display, found: impl Display) {
         if !holds {
-            self.0.push(Violation { key: key.to_owned(), message: format!("wanted {wanted}, found {found}") });
+            self.complain(key, format!("wanted {wanted}, found {found}"));
         }
     }
 
-    fn count(&mut self, key: &str, value: usize, range: RangeInclusive<usize>) {
+    pub(crate) fn count(&mut self, key: &str, value: usize, range: RangeInclusive<usize>) {
         self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
     }
 
     /// A number in `range`; NaN is in no range.
-    fn number(&mut self, key: &str, value: f64, range: RangeInclusive<f64>) {
+    pub(crate) fn number(&mut self, key: &str, value: f64, range: RangeInclusive<f64>) {
         self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
     }
 }
 
 /// The first rule that `recipe` breaks, if any.
 pub(super) fn first_violation(recipe: &Recipe, located: &Located<'_>) -> Option<Violation> {
-    let mut checks = Checks(Vec::new());
+    let mut checks = Checks::default();
     model(recipe, &mut checks);
     experts(recipe, located, &mut checks);
     data(recipe, &mut checks);
     train(recipe, &mut checks);
-    optimizer(recipe, &mut checks);
-    checks.0.into_iter().next()
+    optimizer(&recipe.optimizer, recipe.train.steps, &mut checks);
+    checks.first()
 }
 
 fn model(recipe: &Recipe, checks: &mut Checks) {
@@ -124,8 +140,8 @@ fn train(recipe: &Recipe, checks: &mut Checks) {
     );
 }
 
-fn optimizer(recipe: &Recipe, checks: &mut Checks) {
-    let optimizer = &recipe.optimizer;
+/// `[optimizer]`, of a run of `steps` steps.
+pub(crate) fn optimizer(optimizer: &OptimizerSection, steps: u64, checks: &mut Checks) {
     checks.number("optimizer.learning_rate", optimizer.learning_rate, 1e-12..=10.0);
     checks.number("optimizer.minimum_learning_rate", optimizer.minimum_learning_rate, 0.0..=10.0);
     checks.number("optimizer.beta1", optimizer.beta1, 0.0..=0.99999);
@@ -140,9 +156,9 @@ fn optimizer(recipe: &Recipe, checks: &mut Checks) {
         optimizer.minimum_learning_rate,
     );
     checks.require(
-        optimizer.warmup_steps < recipe.train.steps,
+        optimizer.warmup_steps < steps,
         "optimizer.warmup_steps",
-        format!("fewer than train.steps = {}", recipe.train.steps),
+        format!("fewer than train.steps = {steps}"),
         optimizer.warmup_steps,
     );
 }

@@ -5,7 +5,8 @@
 //! Paths in a recipe are relative to the recipe's own folder, so that a run does not depend on where it is started.
 
 mod check;
-mod locate;
+pub(crate) mod locate;
+mod router;
 
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Result, TrainError};
 use locate::Located;
+
+pub(crate) use check::{Checks, optimizer as check_optimizer};
+pub(crate) use router::RoutedLayer;
+pub use router::RouterSection;
 
 /// One training run, as `recipes/*.toml` writes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -296,27 +301,30 @@ impl Recipe {
     /// The first key, in alphabetical order of sections and keys, that makes `self` and `other` different runs, with both
     /// values; `None` if `other` may continue what `self` began.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
-        let (mine, theirs) = (self.flatten(), other.flatten());
-        let keys = mine.keys().chain(theirs.keys()).collect::<std::collections::BTreeSet<_>>();
-        let show = |value: Option<&String>| value.cloned().unwrap_or_else(|| "absent".to_owned());
-        keys.into_iter()
-            .filter(|key| !FREE_KEYS.contains(&key.as_str()))
-            .find(|key| mine.get(*key) != theirs.get(*key))
-            .map(|key| (key.clone(), show(mine.get(key)), show(theirs.get(key))))
+        first_difference(self, other, &FREE_KEYS)
     }
+}
 
-    /// Every key with its value as JSON writes it, defaults included.
-    fn flatten(&self) -> std::collections::BTreeMap<String, String> {
-        let json = serde_json::to_value(self).expect("a recipe is plain data");
-        let sections = json.as_object().into_iter().flatten();
-        let pairs = sections.flat_map(|(section, keys)| {
-            keys.as_object()
-                .into_iter()
-                .flatten()
-                .map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
-        });
-        pairs.collect()
-    }
+/// The first key, in alphabetical order of sections and keys, in which two recipes differ, with both values; `free` keys
+/// may.
+pub(crate) fn first_difference<R: Serialize>(mine: &R, theirs: &R, free: &[&str]) -> Option<(String, String, String)> {
+    let (mine, theirs) = (flatten(mine), flatten(theirs));
+    let keys = mine.keys().chain(theirs.keys()).collect::<std::collections::BTreeSet<_>>();
+    let show = |value: Option<&String>| value.cloned().unwrap_or_else(|| "absent".to_owned());
+    keys.into_iter()
+        .filter(|key| !free.contains(&key.as_str()))
+        .find(|key| mine.get(*key) != theirs.get(*key))
+        .map(|key| (key.clone(), show(mine.get(key)), show(theirs.get(key))))
+}
+
+/// Every key with its value as JSON writes it, defaults included.
+fn flatten(recipe: &impl Serialize) -> std::collections::BTreeMap<String, String> {
+    let json = serde_json::to_value(recipe).expect("a recipe is plain data");
+    let sections = json.as_object().into_iter().flatten();
+    let pairs = sections.flat_map(|(section, keys)| {
+        keys.as_object().into_iter().flatten().map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
+    });
+    pairs.collect()
 }
 
 #[cfg(test)]
