@@ -2,7 +2,7 @@
 
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::parallel::with_team;
-use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig, QkNorm};
+use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig, UniformDecoder};
 use moebius_moe::{LoadStatistics, Routing};
 use moebius_tensor::{Gradients, Graph};
 
@@ -52,13 +52,11 @@ impl Losses {
 pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
     let model = &recipe.model;
     let (family, ffn) = match (model.experts, model.experts_per_token) {
-        (Some(n_experts), Some(top_k)) => {
-            ("mixtral", Ffn::Moe { n_experts, top_k, width: model.ffn, renormalise: true })
-        }
-        _ => ("llama", Ffn::Dense { width: model.ffn }),
+        (Some(n_experts), Some(top_k)) => ("mixtral", Ffn::moe_of(n_experts, top_k, model.ffn, true)),
+        _ => ("llama", Ffn::dense(model.ffn)),
     };
-    ModelConfig {
-        family: family.to_owned(),
+    let decoder = UniformDecoder {
+        family,
         vocab_size,
         hidden: model.hidden,
         n_layers: model.layers,
@@ -68,14 +66,15 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
         max_positions: model.context,
         rope_theta: model.rope_theta,
         rms_eps: model.norm_epsilon,
-        window: None,
         tie_embeddings: model.tied_embeddings,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
         ffn,
+        ..UniformDecoder::default()
+    };
+    ModelConfig {
         router_aux_loss_coef: recipe.balance.load_balancing,
         bos_token: Some(END_OF_TEXT_ID),
         eos_tokens: vec![END_OF_TEXT_ID],
+        ..decoder.config()
     }
 }
 
