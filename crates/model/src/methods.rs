@@ -39,6 +39,9 @@ pub(crate) fn read_options(value: Option<&Value>, file: &str) -> Result<Options,
     Ok(options)
 }
 
+/// Makes a weight from its name and shape.
+type MakeNamed<'a> = dyn FnMut(&str, &[usize]) -> Result<Param, ModelError> + 'a;
+
 /// Builds a method whose weights `make` makes.
 ///
 /// # Errors
@@ -46,7 +49,7 @@ pub(crate) fn read_options(value: Option<&Value>, file: &str) -> Result<Options,
 pub(crate) fn build(
     method: &MethodConfig,
     layer: &MethodLayer,
-    make: &mut dyn FnMut(&str, &[usize]) -> Result<Param, ModelError>,
+    make: &mut MakeNamed<'_>,
 ) -> Result<Box<dyn RoutingMethod>, ModelError> {
     // An error of the maker passes through the method's builder, which knows only its own.
     let mut failed = None;

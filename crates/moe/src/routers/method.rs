@@ -1,5 +1,6 @@
 //! [`MethodConfig`]: a method by name with its options, as recipes and configurations write it.
 
+use super::options::MakeParam;
 use super::{Options, RoutingMethod, Setup, build};
 use crate::MoeError;
 use moebius_tensor::{Param, Tensor};
@@ -42,10 +43,9 @@ impl MethodConfig {
     pub fn build(
         &self,
         layer: &MethodLayer,
-        param: &mut dyn FnMut(&str, &[usize]) -> Result<Param, MoeError>,
+        param: &mut MakeParam<'_>,
     ) -> Result<Box<dyn RoutingMethod>, MoeError> {
-        let mut make = |name: &str, shape: &[usize]| param(name, shape);
-        let mut setup = Setup::new(layer.hidden, layer.experts, layer.top_k, &mut make);
+        let mut setup = Setup::new(layer.hidden, layer.experts, layer.top_k, param);
         (setup.vocabulary, setup.causal, setup.options) = (layer.vocabulary, layer.causal, self.options.clone());
         build(&self.name, &mut setup)
     }

@@ -36,7 +36,7 @@ pub use balancing::{GlobalCounts, global_balance_loss, sequence_balance_loss};
 pub use depths::{CausalSampler, DepthDecision, MixtureOfDepths, sampler_loss};
 pub use hash::{balanced_table, clustered_table, dispersed_table, random_table};
 pub use method::{MethodConfig, MethodLayer, MethodWeight};
-pub use options::{OptionValue, Options, Setup};
+pub use options::{MakeParam, OptionValue, Options, Setup};
 pub use soft::SoftMoe;
 
 use crate::{MoeError, Plan};

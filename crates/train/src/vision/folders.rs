@@ -1,6 +1,6 @@
 //! Folders of images: one folder a class, PNG or JPEG files in it, brought to one size.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use image::imageops::FilterType;
 use image::{ImageReader, Limits};
@@ -48,7 +48,7 @@ pub(super) fn read(folder: &Path, classes: &[String], shape: ImageShape) -> Resu
     Ok(images)
 }
 
-fn is_image(path: &PathBuf) -> bool {
+fn is_image(path: &Path) -> bool {
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     path.is_file() && ["png", "jpg", "jpeg"].contains(&&extension[..])
 }
