@@ -40,11 +40,7 @@ impl MethodConfig {
     ///
     /// # Errors
     /// An unknown name or option, a value out of range, a combination that is known to be wrong; `param`'s.
-    pub fn build(
-        &self,
-        layer: &MethodLayer,
-        param: &mut MakeParam<'_>,
-    ) -> Result<Box<dyn RoutingMethod>, MoeError> {
+    pub fn build(&self, layer: &MethodLayer, param: &mut MakeParam<'_>) -> Result<Box<dyn RoutingMethod>, MoeError> {
         let mut setup = Setup::new(layer.hidden, layer.experts, layer.top_k, param);
         (setup.vocabulary, setup.causal, setup.options) = (layer.vocabulary, layer.causal, self.options.clone());
         build(&self.name, &mut setup)

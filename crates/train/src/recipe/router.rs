@@ -55,6 +55,9 @@ impl RouterSection {
         match error {
             MoeError::Option { key, message, .. } => checks.complain(&format!("router.{key}"), message),
             MoeError::TopK { .. } | MoeError::NoRouterGradient => checks.complain(layer.top_k_key, error.to_string()),
+            MoeError::UnknownRouter { found, known } => {
+                checks.require(false, "router.name", format!("one of {known}"), found);
+            }
             error => checks.complain("router.name", error.to_string()),
         }
     }
