@@ -57,7 +57,9 @@ pub(super) fn save(path: &Path, state: &VisionState, model: &VisionModel, optimi
         model.save(folder)?;
         let mut tensors = Vec::new();
         for (param, moments) in model.params().into_iter().zip(optimizer.moments()) {
-            for (kind, data) in [("first", &moments.first), ("second", &moments.second)] {
+            let both = [("first", &moments.first), ("second", &moments.second)];
+            // Methods with one moment have nothing to say about the second.
+            for (kind, data) in both.into_iter().filter(|(_, data)| !data.is_empty()) {
                 let (name, shape) = (format!("{kind}.{}", param.name()), param.shape().to_vec());
                 tensors.push(TensorToWrite { name, shape, data: TensorData::F32(data) });
             }
@@ -83,11 +85,12 @@ pub(super) fn read_state(folder: &Path) -> Result<VisionState> {
 /// Reads weights and moments.
 pub(super) fn load(folder: &Path, recipe: &VisionRecipe) -> Result<(VisionModel, Optimizer)> {
     let model = VisionModel::load(folder)?;
-    let mut optimizer = Optimizer::new(&recipe.optimizer, &model.params());
+    let mut optimizer = Optimizer::new(&recipe.optimizer, recipe.train.precision.into(), &model.params());
     let path = folder.join(MOMENTS);
     let file = SafetensorsFile::open(&path)?;
     for (param, moments) in model.params().into_iter().zip(optimizer.moments_mut()) {
-        for (kind, data) in [("first", &mut moments.first), ("second", &mut moments.second)] {
+        let both = [("first", &mut moments.first), ("second", &mut moments.second)];
+        for (kind, data) in both.into_iter().filter(|(_, data)| !data.is_empty()) {
             let name = format!("{kind}.{}", param.name());
             let tensor = file.tensor(&name)?;
             if tensor.shape != param.shape() {

@@ -203,7 +203,7 @@ impl VisionRecipe {
         recipe.check_model(&mut checks);
         recipe.check_data(&mut checks);
         recipe.check_train(&mut checks);
-        check_optimizer(&recipe.optimizer, recipe.train.steps, &mut checks);
+        check_optimizer(&recipe.optimizer, recipe.train.steps, &located, &mut checks);
         recipe.check_router(&mut checks);
         match checks.first() {
             None => Ok(recipe),

@@ -129,7 +129,7 @@ impl VisionTrainer {
             Start::Resume => Self::resume(&recipe, &folder, &dataset)?,
             Start::Fresh | Start::Force => {
                 let model = VisionModel::new(&recipe.model(&dataset), recipe.train.seed)?;
-                let optimizer = Optimizer::new(&recipe.optimizer, &model.params());
+                let optimizer = Optimizer::new(&recipe.optimizer, recipe.train.precision.into(), &model.params());
                 let state = VisionState::new(&recipe, dataset.digest());
                 checkpoint::save(&folder.checkpoint(0), &state, &model, &optimizer)?;
                 (model, optimizer, state)
@@ -138,13 +138,7 @@ impl VisionTrainer {
         files::write_whole(&folder.recipe(), recipe.text().as_bytes())?;
         cut_log(&folder.metrics(), state.step)?;
         let sampler = WindowSampler::new(recipe.train.seed, dataset.train.len(), state.position);
-        let optimizer_section = &recipe.optimizer;
-        let schedule = Schedule {
-            peak: optimizer_section.learning_rate,
-            minimum: optimizer_section.minimum_learning_rate,
-            warmup_steps: optimizer_section.warmup_steps,
-            steps: recipe.train.steps,
-        };
+        let schedule = Schedule::of_section(&recipe.optimizer, recipe.train.steps);
         let (gradients, addend) = (Gradients::new(), Gradients::new());
         Ok(Self { recipe, folder, dataset, schedule, model, optimizer, sampler, state, gradients, addend })
     }
@@ -273,7 +267,7 @@ impl VisionTrainer {
         self.state.step = step;
         self.state.images += (count * self.recipe.train.images) as u64;
         self.state.position = self.sampler.position();
-        let load = load.iter().map(LayerLoad::from).collect();
+        let load = load.iter().map(|layer| LayerLoad::new(layer, 0.0)).collect();
         let seconds = begun.elapsed().as_secs_f64();
         Ok(VisionStep { step, loss, auxiliary, learning_rate: rate, gradient_norm, seconds, load, dropped })
     }
