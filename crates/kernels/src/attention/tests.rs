@@ -230,7 +230,8 @@ fn what_is_no_number_stays_none_in_bytes() {
     rows[3] = f32::NAN;
     let mut cache = LayerCache::new(1, 16, CacheFormat::Q8);
     cache.push(&rows, &[1.0; 16]);
-    let shape = AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+    let shape =
+        AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None, bidirectional: false };
     let mut out = vec![0.0; 16];
     attention_cached(&shape, &[1.0; 16], &[CachedSequence { rows: 1, cache: &cache }], &mut out);
     assert!(out[0].is_nan());
@@ -342,7 +343,8 @@ fn a_clone_shares_blocks_and_goes_its_own_way() {
             parts.iter().for_each(|part| cache.push(part, part));
             cache
         };
-        let shape = AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+        let shape =
+            AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None, bidirectional: false };
         let attended = |cache: &LayerCache| {
             let mut out = vec![0.0; 16];
             attention_cached(&shape, &other[..16], &[CachedSequence { rows: 1, cache }], &mut out);
