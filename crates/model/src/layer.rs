@@ -3,11 +3,13 @@
 use crate::cache::LayerState;
 use crate::config::{LayerConfig, ModelConfig};
 use crate::feed_forward::FeedForward;
+use crate::methods;
 use crate::mixer::TokenMixer;
 use crate::norm::StreamNorm;
 use crate::weights::Weights;
 use crate::{Batch, ModelError};
 use moebius_moe::Routing;
+use moebius_moe::routers::{Context, RoutingMethod};
 use moebius_tensor::{Graph, Param, Var, ops};
 
 /// A layer with its weights.
@@ -19,6 +21,8 @@ pub(crate) struct Layer {
     ffn: FeedForward,
     /// What the parts' answers are multiplied with.
     residual_scale: f32,
+    /// Its place among the layers: each draws random numbers of its own.
+    index: u64,
 }
 
 /// The norms of a part: of what it reads, of what it answers.
@@ -31,6 +35,7 @@ struct Norms {
 impl Layer {
     pub(crate) fn build(
         config: &ModelConfig,
+        index: usize,
         layer: &LayerConfig,
         weights: &mut Weights<'_, '_>,
     ) -> Result<Self, ModelError> {
@@ -43,9 +48,9 @@ impl Layer {
         let mixer = TokenMixer::build(config, &layer.mixer, weights)?;
         let mixer_norms = Norms { before, after: norm(is_after, "attention_out_norm", weights)? };
         let before = norm(is_before, "ffn_norm", weights)?;
-        let ffn = FeedForward::build(&layer.ffn, config.hidden, weights)?;
+        let ffn = FeedForward::build(config, &layer.ffn, weights)?;
         let ffn_norms = Norms { before, after: norm(is_after, "ffn_out_norm", weights)? };
-        Ok(Self { mixer_norms, mixer, ffn_norms, ffn, residual_scale: config.scales.residual as f32 })
+        Ok(Self { mixer_norms, mixer, ffn_norms, ffn, residual_scale: config.scales.residual as f32, index: index as u64 })
     }
 
     /// # Shapes
@@ -61,7 +66,9 @@ impl Layer {
         let mixed = self.mixer.forward(g, &normed, batch, states)?;
         let x = self.add(g, x, &self.mixer_norms.after(g, mixed)?)?;
         let normed = self.ffn_norms.before(g, &x)?;
-        let (y, routing) = self.ffn.forward(g, &normed)?;
+        let seed = methods::mixed(g.seed(), self.index);
+        let context = Context { token_ids: &batch.tokens, starts: &batch.starts, seed };
+        let (y, routing) = self.ffn.forward(g, &normed, &context)?;
         Ok((self.add(g, &x, &self.ffn_norms.after(g, y)?)?, routing))
     }
 
@@ -87,6 +94,7 @@ impl Layer {
             let mut outputs = vec![y];
             if let Some(routing) = &routing {
                 outputs.extend([routing.logits.clone(), routing.probabilities.clone()]);
+                outputs.extend(routing.losses.iter().map(|loss| loss.value.clone()));
             }
             slot.borrow_mut().get_or_insert(routing);
             Ok::<_, ModelError>(outputs)
@@ -95,8 +103,14 @@ impl Layer {
         if let Some(routing) = &mut routing {
             // Losses on the routing must flow into the recomputation.
             (routing.logits, routing.probabilities) = (outputs[1].clone(), outputs[2].clone());
+            routing.losses.iter_mut().zip(&outputs[3..]).for_each(|(loss, value)| loss.value = value.clone());
         }
         Ok((outputs[0].clone(), routing))
+    }
+
+    /// The routing method, if one stands for the family's router.
+    pub(crate) fn method_mut(&mut self) -> Option<&mut dyn RoutingMethod> {
+        self.ffn.method_mut()
     }
 
     /// All weights, in the order of their ids.

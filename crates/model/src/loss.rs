@@ -26,6 +26,8 @@ pub struct Loss {
     pub balance: f32,
     /// The z-loss, unweighted. Zero in dense models.
     pub z: f32,
+    /// The routing methods' own losses, each with its coefficient, the mean over layers.
+    pub method: f32,
     /// What each MoE layer's router decided.
     pub routing: Vec<Routing>,
 }
@@ -38,6 +40,14 @@ fn mean_balance<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
     let each: Vec<Var> = layers.iter().map(|layer| load_balancing_loss(g, &[layer])).collect();
     let share = 1.0 / each.len().max(1) as f32;
     ops::weighted_sum(g, &each.iter().map(|loss| (share, loss)).collect::<Vec<_>>())
+}
+
+/// The mean over layers of what their routing methods ask for; none without methods that ask.
+fn mean_method<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Option<Var> {
+    let share = 1.0 / layers.len().max(1) as f32;
+    let asked = layers.iter().flat_map(|layer| &layer.losses).filter(|loss| loss.coefficient != 0.0);
+    let terms: Vec<(f32, &Var)> = asked.map(|loss| (share * loss.coefficient, &loss.value)).collect();
+    (!terms.is_empty()).then(|| ops::weighted_sum(g, &terms))
 }
 
 #[derive(Default)]
@@ -75,7 +85,9 @@ impl Model {
         let routing = collected.0;
         let layers: Vec<&Routing> = routing.iter().collect();
         let (balance, z) = (mean_balance(g, &layers), z_loss(g, &layers));
+        let method = mean_method(g, &layers);
         let mut terms = vec![(1.0, &cross_entropy)];
+        terms.extend(method.as_ref().map(|method| (1.0, method)));
         for (coefficient, loss) in [(settings.balance_coefficient, &balance), (settings.z_coefficient, &z)] {
             if coefficient != 0.0 {
                 terms.push((coefficient, loss));
@@ -83,6 +95,7 @@ impl Model {
         }
         let total = ops::weighted_sum(g, &terms);
         let value = |loss: &Var| loss.data()[0];
-        Ok(Loss { cross_entropy: value(&cross_entropy), balance: value(&balance), z: value(&z), total, routing })
+        let method = method.as_ref().map_or(0.0, value);
+        Ok(Loss { cross_entropy: value(&cross_entropy), balance: value(&balance), z: value(&z), method, total, routing })
     }
 }

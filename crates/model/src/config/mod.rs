@@ -13,6 +13,8 @@ pub use position::{Rope, RopePairs, RopeScaling};
 pub use uniform::UniformDecoder;
 pub(crate) use validate::check_layer_count;
 
+use moebius_moe::routers::{MethodConfig, MethodLayer};
+
 /// A decoder's shape and constants.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -32,6 +34,8 @@ pub struct ModelConfig {
     pub norm_place: NormPlace,
     /// Constant factors.
     pub scales: Scales,
+    /// A routing method that stands for the families' router in every layer with experts.
+    pub routing: Option<MethodConfig>,
     /// Whether the output projection is the embedding.
     pub tie_embeddings: bool,
     /// Weight of the load-balancing loss in training.
@@ -120,6 +124,12 @@ impl ModelConfig {
     /// The attention of the first layer that has one; what families with one kind of it write.
     pub fn attention(&self) -> Option<&AttentionConfig> {
         self.layers.iter().find_map(|layer| layer.mixer.attention())
+    }
+
+    /// The layer that a routing method is for, in a feed-forward part with experts.
+    pub(crate) fn method_layer(&self, moe: &MoeFfn) -> MethodLayer {
+        let (hidden, experts, top_k) = (self.hidden, moe.n_experts, moe.router.top_k);
+        MethodLayer { hidden, experts, top_k, vocabulary: self.vocab_size, causal: true }
     }
 
     /// The first feed-forward part with experts.

@@ -57,6 +57,16 @@ impl ModelConfig {
             }
             before = Some(layer);
         }
+        if let Some(method) = &self.routing {
+            let mut checked = None;
+            for moe in self.layers.iter().filter_map(|layer| layer.ffn.moe()) {
+                let layer = self.method_layer(moe);
+                if checked != Some(layer) {
+                    method.weights(&layer).map_err(|error| ("router", error.to_string()))?;
+                    checked = Some(layer);
+                }
+            }
+        }
         let weights = self.count_weights_of(self.layers.len());
         if weights > MOST_WEIGHTS {
             let message = format!("with the other sizes it asks for {weights} weights, wanted at most {MOST_WEIGHTS}");

@@ -43,6 +43,9 @@ pub struct Recipe {
     /// `[optimizer]`: the method and its schedule.
     #[serde(default)]
     pub optimizer: OptimizerSection,
+    /// `[router]`: the routing method, in place of the softmax router of Mixtral.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterSection>,
     /// `[balance]`: what keeps the experts evenly loaded.
     #[serde(default)]
     pub balance: BalanceSection,
@@ -89,6 +92,12 @@ pub struct ModelSection {
     /// Number of experts that each token is given to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts_per_token: Option<usize>,
+    /// Every so many layers one has experts, the last of them; the others are dense (GLaM: 2).
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub experts_every: usize,
+    /// Inner width of the dense layers between; `ffn` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense_ffn: Option<usize>,
     /// Number of positions that the model declares (`max_position_embeddings`).
     #[serde(default)]
     pub context: usize,
@@ -244,6 +253,9 @@ impl Default for TokenizerSection {
 
 fn one() -> usize {
     1
+}
+fn is_one(value: &usize) -> bool {
+    *value == 1
 }
 fn two() -> u64 {
     2
