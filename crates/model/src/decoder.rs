@@ -185,16 +185,19 @@ impl Model {
         }
         observer.hidden(0, &x);
         for (index, layer) in self.layers.iter().enumerate() {
-            let routing;
-            (x, routing) = if recompute && caches.is_none() {
+            let notes;
+            (x, notes) = if recompute && caches.is_none() {
                 layer.forward_recomputed(g, &x, batch)?
             } else {
                 let mut states: Option<Vec<&mut LayerState>> =
                     caches.as_deref_mut().map(|caches| caches.iter_mut().map(|cache| cache.layer(index)).collect());
                 layer.forward(g, &x, batch, states.as_deref_mut())?
             };
-            if let Some(routing) = &routing {
+            if let Some(routing) = &notes.routing {
                 observer.routing(index, routing);
+            }
+            if let Some(depth) = &notes.depth {
+                observer.depth(index, depth);
             }
             if index + 1 < self.layers.len() {
                 observer.hidden(index + 1, &x);

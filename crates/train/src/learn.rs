@@ -9,7 +9,7 @@ use moebius_tensor::{Gradients, Graph};
 use crate::data::corpus::Windows;
 use crate::data::tokenizer::END_OF_TEXT_ID;
 use crate::metrics::LayerLoad;
-use crate::recipe::RouterSection;
+use crate::recipe::{DepthsSection, RouterSection};
 use crate::{Recipe, Result};
 
 /// Rows of a batch at most whose router entropy is taken: it is a figure to watch, not worth a per cent of the step.
@@ -96,13 +96,13 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
     let model = &recipe.model;
     let sparse = model.experts.zip(model.experts_per_token);
     let routing = recipe.router.as_ref().map(RouterSection::method);
+    let depths = recipe.depths.as_ref().map(DepthsSection::config);
+    let is_ours = routing.is_some() || depths.is_some() || model.experts_every > 1;
     let (family, ffn) = match sparse {
-        Some((n_experts, top_k)) => {
-            let family = if routing.is_some() || model.experts_every > 1 { "moebius" } else { "mixtral" };
-            (family, Ffn::moe_of(n_experts, top_k, model.ffn, true))
-        }
+        Some((n_experts, top_k)) => ("mixtral", Ffn::moe_of(n_experts, top_k, model.ffn, true)),
         None => ("llama", Ffn::dense(model.ffn)),
     };
+    let family = if is_ours { "moebius" } else { family };
     let decoder = UniformDecoder {
         family,
         vocab_size,
@@ -123,6 +123,7 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
         bos_token: Some(END_OF_TEXT_ID),
         eos_tokens: vec![END_OF_TEXT_ID],
         routing,
+        depths,
         ..decoder.config()
     };
     for (index, layer) in config.layers.iter_mut().enumerate() {

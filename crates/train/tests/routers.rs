@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Workshop, bits, metrics};
 use moebius_kernels::gemm::Precision;
-use moebius_model::{Batch, Checkpoint, Model, Silent as Unobserved};
+use moebius_model::{Batch, Checkpoint, KvCache, Model, Silent as Unobserved};
 use moebius_moe::routers::ALL;
 use moebius_tensor::Graph;
 use moebius_train::{Event, Recipe, Start, Trainer};
@@ -89,6 +89,51 @@ fn every_method_learns_resumes_and_is_read_again() {
             model.forward(&graph, &batch, None, &mut Unobserved).unwrap().data().to_vec()
         };
         assert!(hidden(&loaded) == hidden(unbroken.model()), "{name}");
+    }
+}
+
+/// Mixture-of-Depths: trains, resumes, and gives the same bits token by token over a cache that holds chosen tokens only.
+#[test]
+fn some_tokens_go_around() {
+    for sampler in ["threshold", "predictor", "random"] {
+        for recompute in ["false", "true"] {
+            let workshop = Workshop::new();
+            let depths = format!("[depths]\nshare = 0.5\nsampler = '{sampler}'\nsampler_loss = 0.1\n[balance]");
+            let activations = format!("checkpoint_activations = {recompute}");
+            let recipe =
+                workshop.recipe(&[("[balance]", &depths), ("checkpoint_activations = false", &activations)]);
+            let mut unbroken = workshop.trainer(&recipe, "unbroken", Start::Fresh);
+            run_until(&mut unbroken, u64::MAX);
+            let mut first = workshop.trainer(&recipe, "broken", Start::Fresh);
+            run_until(&mut first, 7);
+            drop(first);
+            let mut second = workshop.trainer(&recipe, "broken", Start::Resume);
+            run_until(&mut second, u64::MAX);
+            assert!(bits(&second) == bits(&unbroken), "{sampler}");
+
+            let model = Model::load(&Checkpoint::open(&workshop.path("unbroken/checkpoints/step-12")).unwrap()).unwrap();
+            assert_eq!(model.config, unbroken.model().config);
+            let tokens = [5_u32, 9, 200, 31, 77, 5, 120, 9];
+            let graph = Graph::inference(Precision::F32);
+            let forward = |batch: &Batch, cache: Option<&mut KvCache>| {
+                let mut caches: Vec<&mut KvCache> = cache.into_iter().collect();
+                let caches = if caches.is_empty() { None } else { Some(&mut caches[..]) };
+                model.forward(&graph, batch, caches, &mut Unobserved).unwrap().data().to_vec()
+            };
+            let whole = forward(&Batch::of_sequences(&[tokens]), None);
+            for chunk in [1, 3] {
+                let mut cache = KvCache::new(&model.config, KvCache::format_for(Precision::F32));
+                let mut parts = Vec::new();
+                for (at, part) in tokens.chunks(chunk).enumerate() {
+                    parts.extend(forward(&Batch::continuing(part, at * chunk), Some(&mut cache)));
+                }
+                assert!(parts == whole, "{sampler} {chunk}");
+                // Back to the third token and on again.
+                cache.truncate(3);
+                assert_eq!(cache.len(), 3);
+                assert!(forward(&Batch::continuing(&tokens[3..], 3), Some(&mut cache)) == whole[3 * 32..], "{sampler}");
+            }
+        }
     }
 }
 

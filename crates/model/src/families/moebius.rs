@@ -3,7 +3,7 @@
 
 use super::keys::Keys;
 use super::{Family, TensorMap, shared};
-use crate::config::MoeFfn;
+use crate::config::{DepthSampler, DepthsConfig, MoeFfn};
 use crate::{Ffn, ModelConfig, ModelError, methods};
 use moebius_moe::routers::MethodConfig;
 use serde_json::{Map, Value, json};
@@ -15,17 +15,21 @@ const DEFAULTS: shared::Defaults =
     shared::Defaults { rope_theta: 1e4, rms_eps: 1e-5, max_positions: 2048, n_kv_heads: None, head_dim: None };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
-    let (n_experts, top_k) = (keys.size("num_experts")?, keys.size("num_experts_per_tok")?);
-    let moe = Ffn::moe_of(n_experts, top_k, keys.size("moe_intermediate_size")?, true);
+    let dense = Ffn::dense(keys.size("intermediate_size")?);
     let every = keys.size("decoder_sparse_step")?;
     if every == 0 {
-        return Err(keys.error("decoder_sparse_step", "wanted at least 1, found 0".to_owned()));
+        return Err(keys.error("decoder_sparse_step", "wanted at least 1, found 0"));
     }
-    let mut config = shared::read(keys, FAMILY.name, moe, None, &DEFAULTS)?;
-    let dense = Ffn::dense(keys.size("intermediate_size")?);
+    let mut sparse = dense;
+    if keys.has("num_experts") {
+        let (n_experts, top_k) = (keys.size("num_experts")?, keys.size("num_experts_per_tok")?);
+        sparse = Ffn::moe_of(n_experts, top_k, keys.size("moe_intermediate_size")?, true);
+    }
+    let mut config = shared::read(keys, FAMILY.name, dense, None, &DEFAULTS)?;
     for (index, layer) in config.layers.iter_mut().enumerate() {
-        layer.ffn = if (index + 1).is_multiple_of(every) { moe } else { dense };
+        layer.ffn = if (index + 1).is_multiple_of(every) { sparse } else { dense };
     }
+    config.depths = keys.object("depths")?.map(|depths| read_depths(&depths)).transpose()?;
     config.routing = match keys.get("router") {
         None => None,
         Some(router) => {
@@ -37,6 +41,34 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
         }
     };
     Ok(ModelConfig { router_aux_loss_coef: keys.number("router_aux_loss_coef", 0.0)?, ..config })
+}
+
+fn read_depths(keys: &Keys) -> Result<DepthsConfig, ModelError> {
+    let sampler = match keys.text("sampler")? {
+        "threshold" => DepthSampler::Threshold,
+        "random" => DepthSampler::Random,
+        "predictor" => DepthSampler::Predictor { width: keys.size("predictor_width")? },
+        found => {
+            let message = format!("wanted threshold, predictor or random, found {found:?}");
+            return Err(keys.error("sampler", message));
+        }
+    };
+    let (share, every) = (keys.number("share", f64::NAN)?, keys.size("every")?);
+    Ok(DepthsConfig { share, every, sampler, sampler_loss: keys.number("sampler_loss", 0.0)? })
+}
+
+fn write_depths(depths: &DepthsConfig) -> Value {
+    let DepthsConfig { share, every, sampler, sampler_loss } = *depths;
+    let mut map = json!({"share": share, "every": every, "sampler_loss": sampler_loss});
+    map["sampler"] = match sampler {
+        DepthSampler::Threshold => "threshold".into(),
+        DepthSampler::Random => "random".into(),
+        DepthSampler::Predictor { width } => {
+            map["predictor_width"] = width.into();
+            "predictor".into()
+        }
+    };
+    map
 }
 
 fn write(config: &ModelConfig) -> Map<String, Value> {
@@ -52,20 +84,39 @@ fn write(config: &ModelConfig) -> Map<String, Value> {
     if let Some(MethodConfig { name, options }) = &config.routing {
         map.insert("router".into(), json!({"name": name, "options": methods::write_options(options)}));
     }
+    if let Some(depths) = &config.depths {
+        map.insert("depths".into(), write_depths(depths));
+    }
     map.insert("router_aux_loss_coef".into(), json!(config.router_aux_loss_coef));
     map
 }
 
 fn tensors(config: &ModelConfig) -> Vec<TensorMap> {
-    shared::tensors(config, |layer| match (&config.layers[layer].ffn, &config.routing) {
-        (Ffn::Moe(moe), Some(method)) => {
-            let (theirs, ours) = (format!("model.layers.{layer}.mlp"), format!("layers.{layer}.moe"));
-            let mut all = router_tensors(config, moe, method, [&theirs, &ours]);
-            all.extend(shared::bank_tensors(moe, config.hidden, &theirs, &ours, shared::PROJECTIONS));
-            all
+    shared::tensors(config, |layer| {
+        let mut all = depth_tensors(config, layer);
+        match (&config.layers[layer].ffn, &config.routing) {
+            (Ffn::Moe(moe), Some(method)) => {
+                let (theirs, ours) = (format!("model.layers.{layer}.mlp"), format!("layers.{layer}.moe"));
+                all.extend(router_tensors(config, moe, method, [&theirs, &ours]));
+                all.extend(shared::bank_tensors(moe, config.hidden, &theirs, &ours, shared::PROJECTIONS));
+            }
+            _ => all.extend(shared::feed_forward_tensors(config, layer, ["mlp", "mlp"], shared::PROJECTIONS)),
         }
-        _ => shared::feed_forward_tensors(config, layer, ["mlp", "mlp"], shared::PROJECTIONS),
+        all
     })
+}
+
+/// The router around a layer, and its sampler.
+fn depth_tensors(config: &ModelConfig, layer: usize) -> Vec<TensorMap> {
+    let Some(depths) = config.depths.filter(|depths| depths.applies(layer)) else { return Vec::new() };
+    let of = |name: &str, rows, cols| {
+        shared::matrix(&format!("model.layers.{layer}.{name}"), &format!("layers.{layer}.{name}"), rows, cols)
+    };
+    let mut all = vec![of("depth_router", 1, config.hidden)];
+    if let DepthSampler::Predictor { width } = depths.sampler {
+        all.extend([of("depth_inner", width, config.hidden), of("depth_outer", 1, width)]);
+    }
+    all
 }
 
 /// The weights of a method under their own names.

@@ -142,6 +142,9 @@ fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
             }
         }
     }
+    if let Some(depths) = &recipe.depths {
+        depths.check(model.layers, recipe.train.sequence_length, checks);
+    }
     checks.number("balance.load_balancing", recipe.balance.load_balancing, 0.0..=10.0);
     checks.number("balance.z", recipe.balance.z, 0.0..=10.0);
 }

@@ -5,6 +5,7 @@
 //! Paths in a recipe are relative to the recipe's own folder, so that a run does not depend on where it is started.
 
 mod check;
+mod depths;
 pub(crate) mod locate;
 mod optimizer;
 pub mod presets;
@@ -25,6 +26,7 @@ pub use watch::{SampleSection, SpikeAction, SpikeSection};
 pub(crate) use check::Checks;
 pub(crate) use optimizer::check_section as check_optimizer;
 pub(crate) use router::RoutedLayer;
+pub use depths::{DepthsSection, RecipeSampler};
 pub use router::RouterSection;
 
 /// One training run, as `recipes/*.toml` writes it.
@@ -46,6 +48,9 @@ pub struct Recipe {
     /// `[router]`: the routing method, in place of the softmax router of Mixtral.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router: Option<RouterSection>,
+    /// `[depths]`: layers that only some tokens go through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depths: Option<DepthsSection>,
     /// `[balance]`: what keeps the experts evenly loaded.
     #[serde(default)]
     pub balance: BalanceSection,
