@@ -65,3 +65,11 @@ pub(crate) fn build(
         None => Ok(built?),
     }
 }
+
+/// Another seed for each `index`, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+pub(crate) fn mixed(seed: u64, index: u64) -> u64 {
+    let mut z = seed.wrapping_add((index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

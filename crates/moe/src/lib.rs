@@ -23,5 +23,5 @@ pub use error::MoeError;
 pub use experts::ExpertBank;
 pub use layer::MoeLayer;
 pub use plan::Plan;
-pub use router::{ExpertGroups, GroupScore, Normalise, Router, RouterSettings, Routing, Score, TopKRouter};
+pub use router::{ExpertGroups, GroupScore, NO_EXPERT, Normalise, Router, RouterSettings, Routing, Score, TopKRouter};
 pub use statistics::LoadStatistics;

@@ -196,7 +196,7 @@ impl VisionModel {
         let starts: Vec<usize> = (0..=images).map(|image| image * config.tokens()).collect();
         let mut decisions = Vec::new();
         for (layer, block) in self.blocks.iter().enumerate() {
-            let context = Context { token_ids: &[], starts: &starts, seed: mixed(seed, layer as u64) };
+            let context = Context { token_ids: &[], starts: &starts, seed: methods::mixed(seed, layer as u64) };
             let (y, decision) = block.forward(g, &x, config, &context)?;
             x = y;
             decisions.extend(decision);
@@ -256,14 +256,6 @@ impl VisionModel {
         let mut counts = counts.iter();
         routers.for_each(|router| router.after_step(counts.next().expect("counts of every routed block")));
     }
-}
-
-/// Another seed for each `index`, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
-fn mixed(seed: u64, index: u64) -> u64 {
-    let mut z = seed.wrapping_add((index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 fn build_feed_forward(config: &VisionConfig, layer: usize, param: &mut Make<'_>) -> Result<FeedForward, ModelError> {

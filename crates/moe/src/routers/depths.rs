@@ -40,7 +40,7 @@ pub struct MixtureOfDepths {
 }
 
 /// What was chosen, and what it came to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DepthDecision {
     /// Tokens that the block ran on, rising.
     pub chosen: Vec<usize>,

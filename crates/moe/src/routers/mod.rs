@@ -111,6 +111,13 @@ pub trait RoutingMethod: Debug {
     /// Its weights, to be changed.
     fn params_mut(&mut self) -> Vec<&mut Param>;
 
+    /// Deviation of the normal numbers, cut off at two of it, that one of its weights begins with; none: as the model's
+    /// other weights.
+    fn initial_deviation(&self, weight: &Param) -> Option<f32> {
+        let _ = weight;
+        None
+    }
+
     /// Told once an optimiser step how many assignments each expert had in the whole batch; for methods that balance
     /// without a gradient.
     fn after_step(&mut self, counts: &[u64]) {
@@ -129,6 +136,10 @@ impl RoutingMethod for Box<dyn RoutingMethod> {
 
     fn params_mut(&mut self) -> Vec<&mut Param> {
         (**self).params_mut()
+    }
+
+    fn initial_deviation(&self, weight: &Param) -> Option<f32> {
+        (**self).initial_deviation(weight)
     }
 
     fn after_step(&mut self, counts: &[u64]) {

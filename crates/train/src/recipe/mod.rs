@@ -5,6 +5,7 @@
 //! Paths in a recipe are relative to the recipe's own folder, so that a run does not depend on where it is started.
 
 mod check;
+mod depths;
 pub(crate) mod locate;
 mod optimizer;
 pub mod presets;
@@ -25,6 +26,7 @@ pub use watch::{SampleSection, SpikeAction, SpikeSection};
 pub(crate) use check::Checks;
 pub(crate) use optimizer::check_section as check_optimizer;
 pub(crate) use router::RoutedLayer;
+pub use depths::{DepthsSection, RecipeSampler};
 pub use router::RouterSection;
 
 /// One training run, as `recipes/*.toml` writes it.
@@ -43,6 +45,12 @@ pub struct Recipe {
     /// `[optimizer]`: the method and its schedule.
     #[serde(default)]
     pub optimizer: OptimizerSection,
+    /// `[router]`: the routing method, in place of the softmax router of Mixtral.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterSection>,
+    /// `[depths]`: layers that only some tokens go through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depths: Option<DepthsSection>,
     /// `[balance]`: what keeps the experts evenly loaded.
     #[serde(default)]
     pub balance: BalanceSection,
@@ -89,6 +97,12 @@ pub struct ModelSection {
     /// Number of experts that each token is given to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts_per_token: Option<usize>,
+    /// Every so many layers one has experts, the last of them; the others are dense (GLaM: 2).
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub experts_every: usize,
+    /// Inner width of the dense layers between; `ffn` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense_ffn: Option<usize>,
     /// Number of positions that the model declares (`max_position_embeddings`).
     #[serde(default)]
     pub context: usize,
@@ -244,6 +258,9 @@ impl Default for TokenizerSection {
 
 fn one() -> usize {
     1
+}
+fn is_one(value: &usize) -> bool {
+    *value == 1
 }
 fn two() -> u64 {
     2
