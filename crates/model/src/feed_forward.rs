@@ -51,11 +51,7 @@ struct Shared {
 }
 
 impl FeedForward {
-    pub(crate) fn build(
-        config: &ModelConfig,
-        ffn: &Ffn,
-        weights: &mut Weights<'_, '_>,
-    ) -> Result<Self, ModelError> {
+    pub(crate) fn build(config: &ModelConfig, ffn: &Ffn, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
         let hidden = config.hidden;
         match ffn {
             Ffn::Dense(dense) => {
@@ -142,12 +138,7 @@ impl Mixture {
         })
     }
 
-    fn forward<'p>(
-        &'p self,
-        g: &Graph<'p>,
-        x: &Var,
-        context: &Context<'_>,
-    ) -> Result<(Var, Routing), ModelError> {
+    fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var, context: &Context<'_>) -> Result<(Var, Routing), ModelError> {
         let (mut y, routing) = match &self.layer {
             Routed::Family(layer) => layer.forward(g, x)?,
             Routed::Method(layer) => {

@@ -63,7 +63,15 @@ impl Layer {
         let before = norm(is_before, "ffn_norm", weights)?;
         let ffn = FeedForward::build(config, &layer.ffn, weights)?;
         let ffn_norms = Norms { before, after: norm(is_after, "ffn_out_norm", weights)? };
-        Ok(Self { depths, mixer_norms, mixer, ffn_norms, ffn, residual_scale: config.scales.residual as f32, index: index as u64 })
+        Ok(Self {
+            depths,
+            mixer_norms,
+            mixer,
+            ffn_norms,
+            ffn,
+            residual_scale: config.scales.residual as f32,
+            index: index as u64,
+        })
     }
 
     /// # Shapes
@@ -97,12 +105,7 @@ impl Layer {
     }
 
     /// What the feed-forward part adds to the residual stream.
-    fn feed_forward<'p>(
-        &'p self,
-        g: &Graph<'p>,
-        x: &Var,
-        batch: &Batch,
-    ) -> Result<(Var, Option<Routing>), ModelError> {
+    fn feed_forward<'p>(&'p self, g: &Graph<'p>, x: &Var, batch: &Batch) -> Result<(Var, Option<Routing>), ModelError> {
         let normed = self.ffn_norms.before(g, x)?;
         let seed = methods::mixed(g.seed(), self.index);
         let context = Context { token_ids: &batch.tokens, starts: &batch.starts, seed };

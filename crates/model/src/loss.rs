@@ -111,6 +111,14 @@ impl Model {
         let total = ops::weighted_sum(g, &terms);
         let value = |loss: &Var| loss.data()[0];
         let method = method.as_ref().map_or(0.0, value);
-        Ok(Loss { cross_entropy: value(&cross_entropy), balance: value(&balance), z: value(&z), method, total, routing, depths })
+        Ok(Loss {
+            cross_entropy: value(&cross_entropy),
+            balance: value(&balance),
+            z: value(&z),
+            method,
+            total,
+            routing,
+            depths,
+        })
     }
 }

@@ -61,7 +61,8 @@ fn every_method_learns_resumes_and_is_read_again() {
         let mut unbroken = workshop.trainer(&recipe, "unbroken", Start::Fresh);
         run_until(&mut unbroken, u64::MAX);
         let log = metrics(&workshop.path("unbroken"));
-        let losses: Vec<f64> = log.iter().filter(|r| r["kind"] == "step").map(|r| r["loss"].as_f64().unwrap()).collect();
+        let losses: Vec<f64> =
+            log.iter().filter(|r| r["kind"] == "step").map(|r| r["loss"].as_f64().unwrap()).collect();
         assert!(losses[11] < 0.9 * losses[0], "{name}: {losses:?}");
         if name == "switch" {
             assert!(log.iter().any(|record| record["dropped"].as_u64().is_some_and(|dropped| dropped > 0)));
@@ -100,8 +101,7 @@ fn some_tokens_go_around() {
             let workshop = Workshop::new();
             let depths = format!("[depths]\nshare = 0.5\nsampler = '{sampler}'\nsampler_loss = 0.1\n[balance]");
             let activations = format!("checkpoint_activations = {recompute}");
-            let recipe =
-                workshop.recipe(&[("[balance]", &depths), ("checkpoint_activations = false", &activations)]);
+            let recipe = workshop.recipe(&[("[balance]", &depths), ("checkpoint_activations = false", &activations)]);
             let mut unbroken = workshop.trainer(&recipe, "unbroken", Start::Fresh);
             run_until(&mut unbroken, u64::MAX);
             let mut first = workshop.trainer(&recipe, "broken", Start::Fresh);
@@ -111,7 +111,8 @@ fn some_tokens_go_around() {
             run_until(&mut second, u64::MAX);
             assert!(bits(&second) == bits(&unbroken), "{sampler}");
 
-            let model = Model::load(&Checkpoint::open(&workshop.path("unbroken/checkpoints/step-12")).unwrap()).unwrap();
+            let model =
+                Model::load(&Checkpoint::open(&workshop.path("unbroken/checkpoints/step-12")).unwrap()).unwrap();
             assert_eq!(model.config, unbroken.model().config);
             let tokens = [5_u32, 9, 200, 31, 77, 5, 120, 9];
             let graph = Graph::inference(Precision::F32);
@@ -160,7 +161,11 @@ fn wrong_combinations_are_refused_on_their_line() {
     };
     for (top_k, router, wanted) in [
         (1, "name = 'top_k'", "7: model.experts_per_token: top-1 routing with renormalised weights cannot be trained"),
-        (2, "name = 'expert_choice'", "19: router.name: router expert_choice: a token's experts depend on later tokens"),
+        (
+            2,
+            "name = 'expert_choice'",
+            "19: router.name: router expert_choice: a token's experts depend on later tokens",
+        ),
         (1, "name = 'base'", "19: router.name: router base: a token's experts depend on later tokens"),
         (4, "name = 'noisy_top_k'", "19: router.name: router noisy_top_k: wanted fewer choices than the 4 experts"),
         (5, "name = 'top_k'", "7: model.experts_per_token: wanted 1 to model.experts = 4, found 5"),

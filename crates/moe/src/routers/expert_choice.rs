@@ -79,7 +79,8 @@ impl RoutingMethod for ExpertChoice {
         let [tokens, experts] = logits.dims()?;
         let probabilities = softmax(g, &logits)?;
         // Decoding brings fewer tokens than an expert's share: then it takes one.
-        let factor = if g.is_training() { self.experts_per_token } else { self.experts_per_token.max(self.least(tokens)) };
+        let factor =
+            if g.is_training() { self.experts_per_token } else { self.experts_per_token.max(self.least(tokens)) };
         let take = capacity("expert_choice", factor, 1, tokens, experts)?.min(tokens);
         let affinity = if self.cap == 0 {
             probabilities.data().to_vec()

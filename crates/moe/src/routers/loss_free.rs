@@ -23,8 +23,7 @@ pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, Moe
     let top_k = setup.top_k_up_to(setup.experts)?;
     let score = if setup.word("score", &["sigmoid", "softmax"])? == 0 { Score::Sigmoid } else { Score::Softmax };
     // What DeepSeek-V3's code adds to the sum.
-    let normalise =
-        if setup.flag("renormalise", true)? { Normalise::Sum { plus: 1e-20 } } else { Normalise::None };
+    let normalise = if setup.flag("renormalise", true)? { Normalise::Sum { plus: 1e-20 } } else { Normalise::None };
     let settings = RouterSettings {
         score,
         selection_bias: true,

@@ -101,7 +101,7 @@ impl Decision {
 }
 
 /// Chooses experts for tokens. Works in f32 whatever the graph's precision.
-pub trait RoutingMethod: Debug {
+pub trait RoutingMethod: Debug + Send + Sync {
     /// Decides about the rows of x `[tokens, hidden]`.
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, context: &Context<'_>) -> Result<Decision, MoeError>;
 

@@ -24,9 +24,9 @@ pub use optimizer::{Group, Groups, OptimizerKind, OptimizerSection, ScheduleKind
 pub use watch::{SampleSection, SpikeAction, SpikeSection};
 
 pub(crate) use check::Checks;
+pub use depths::{DepthsSection, RecipeSampler};
 pub(crate) use optimizer::check_section as check_optimizer;
 pub(crate) use router::RoutedLayer;
-pub use depths::{DepthsSection, RecipeSampler};
 pub use router::RouterSection;
 
 /// One training run, as `recipes/*.toml` writes it.

@@ -214,7 +214,7 @@ impl VisionTrainer {
 
     fn save(&self) -> Result<()> {
         checkpoint::save(&self.folder.checkpoint(self.state.step), &self.state, &self.model, &self.optimizer)?;
-        self.folder.prune(self.recipe.train.keep, |_| None)
+        self.folder.prune(self.recipe.train.keep, u64::MAX, |_| None)
     }
 
     /// One optimiser step. Neither logs nor saves.
