@@ -30,6 +30,7 @@ const METHODS: &[(&str, usize, &str)] = &[
 
 fn recipe(workshop: &Workshop, name: &str, top_k: usize, options: &str) -> Recipe {
     workshop.recipe(&[
+        ("experts = 4", "experts = 8"),
         ("experts_per_token = 2", &format!("experts_per_token = {top_k}")),
         ("[balance]\nload_balancing = 0.01\nz = 0.001\n", &format!("[router]\nname = '{name}'\n{options}\n")),
         ("accumulation = 1", "accumulation = 2"),

@@ -53,7 +53,7 @@ const CASES: &[Case] = &[
     Case { words: &[("score", "sigmoid")], options: &[("scale", 2.0)], ..case("top_k", 2, true) },
     Case { words: &[("score", "softmax_of_chosen")], flags: &["bias"], ..case("top_k", 2, true) },
     Case { words: &[("score", "sigmoid_of_chosen")], ..case("top_k", 1, true) },
-    Case { words: &[("score", "sparse_mixer")], options: &[("jitter", 0.3)], ..case("top_k", 2, true) },
+    Case { words: &[("score", "sparse_mixer")], options: &[("jitter", 1.0)], ..case("top_k", 2, true) },
     Case {
         words: &[("group_score", "best")],
         options: &[("groups", 3.0), ("groups_per_token", 1.0)],
