@@ -24,15 +24,15 @@ fn the_shipped_model_writes_and_ends_with_figures() {
 fn text_does_not_depend_on_threads_and_follows_the_seed() {
     let folder = tempfile::tempdir().unwrap();
     let model = write_model(folder.path());
-    for dtype in ["f32", "bf16"] {
+    for [flag, value] in [["--dtype", "f32"], ["--dtype", "bf16"], ["--cache", "q8"]] {
         let write = |threads: &str, seed: &str| {
-            let rest = ["--temperature", "1.2", "--max-tokens", "60", "--seed", seed, "--dtype", dtype];
+            let rest = ["--temperature", "1.2", "--max-tokens", "60", "--seed", seed, flag, value];
             succeed(&[&["run", "The old sea", "--model", text(&model), "--threads", threads][..], &rest].concat())
         };
         let one = write("1", "5");
-        assert_eq!(one, write("2", "5"), "{dtype}");
-        assert_eq!(one, write("3", "5"), "{dtype}");
-        assert_ne!(one, write("2", "6"), "{dtype}");
+        assert_eq!(one, write("2", "5"), "{value}");
+        assert_eq!(one, write("3", "5"), "{value}");
+        assert_ne!(one, write("2", "6"), "{value}");
     }
 }
 

@@ -268,6 +268,7 @@ impl Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use moebius_kernels::gemm::Precision;
     use moebius_model::{Ffn, QkNorm, UniformDecoder};
 
     fn model() -> Model {

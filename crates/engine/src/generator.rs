@@ -297,6 +297,7 @@ impl Run<'_, '_> {
 mod tests {
     use super::*;
     use crate::testing::{byte_level, small_model};
+    use moebius_kernels::gemm::Precision;
 
     fn model() -> Model {
         small_model(48)

@@ -49,7 +49,11 @@ fn tokens(count: usize) -> Vec<u32> {
 
 /// Bits of the logits of all tokens, read in chunks over a cache.
 fn logits(model: &Model, precision: Precision, tokens: &[u32], chunks: &[usize]) -> Vec<u32> {
-    let (g, mut cache) = (Graph::inference(precision), KvCache::new(&model.config, CacheFormat::Bf16));
+    logits_over(CacheFormat::Bf16, model, precision, tokens, chunks)
+}
+
+fn logits_over(format: CacheFormat, model: &Model, precision: Precision, tokens: &[u32], chunks: &[usize]) -> Vec<u32> {
+    let (g, mut cache) = (Graph::inference(precision), KvCache::new(&model.config, format));
     let (mut first, mut all) = (0, Vec::new());
     for &count in chunks {
         let batch = Batch::continuing(&tokens[first..first + count], first);
@@ -112,11 +116,12 @@ proptest! {
     fn one_token_has_one_answer_in_every_format(
         format in prop::sample::select(PACKED_FORMATS.to_vec()), threads in 1usize..4, alone in 1usize..4,
         mut cuts in prop::collection::vec(1usize..40, 0..5),
+        cache in prop::sample::select(vec![CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Q8]),
     ) {
         let folder = saved(StoredAs::F32);
         let tokens = tokens(40);
         let model = to_run(folder.path(), RunFormat::Block(format));
-        let wanted = logits(&model, Precision::Bf16, &tokens, &[40]);
+        let wanted = logits_over(cache, &model, Precision::Bf16, &tokens, &[40]);
         cuts.push(40);
         cuts.sort_unstable();
         cuts.dedup();
@@ -124,10 +129,10 @@ proptest! {
         let chunks: Vec<usize> = cuts.iter().map(|&cut| std::mem::replace(&mut before, cut)).zip(&cuts)
             .map(|(start, end)| end - start).collect();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        prop_assert_eq!(pool.install(|| logits(&model, Precision::Bf16, &tokens, &chunks)), wanted.clone());
+        prop_assert_eq!(pool.install(|| logits_over(cache, &model, Precision::Bf16, &tokens, &chunks)), wanted.clone());
         // Beside other sequences.
         let g = Graph::inference(Precision::Bf16);
-        let mut caches: Vec<KvCache> = (0..=alone).map(|_| KvCache::new(&model.config, CacheFormat::Bf16)).collect();
+        let mut caches: Vec<KvCache> = (0..=alone).map(|_| KvCache::new(&model.config, cache)).collect();
         let batch = Batch::continuing_together(&vec![(tokens.as_slice(), 0); alone + 1]);
         let hidden = model.forward(&g, &batch, Some(&mut caches.iter_mut().collect::<Vec<_>>()), &mut Silent).unwrap();
         let together: Vec<u32> = model.logits(&g, &hidden).data().iter().map(|x| x.to_bits()).collect();

@@ -170,7 +170,7 @@ fn every_text_is_the_one_written_alone() {
 fn memory_that_is_taken_away_changes_no_text() {
     // Room for the longest alone and little more.
     let model = small_model(CONTEXT);
-    let cache_bytes = pages_for(CONTEXT) * Session::page_bytes(&model, Precision::Bf16);
+    let cache_bytes = pages_for(CONTEXT) * Session::page_bytes(&model, Precision::Bf16.into());
     let statistics = texts_under_load_are_texts_alone(SchedulerOptions { cache_bytes, ..options() });
     assert_eq!(statistics.finished, 40);
     let statistics = texts_under_load_are_texts_alone(SchedulerOptions { share_prefixes: false, ..options() });
@@ -180,7 +180,7 @@ fn memory_that_is_taken_away_changes_no_text() {
 #[test]
 fn sequences_yield_to_older_ones_when_they_grow_and_come_back() {
     let model = small_model(CONTEXT);
-    let cache_bytes = 6 * Session::page_bytes(&model, Precision::Bf16);
+    let cache_bytes = 6 * Session::page_bytes(&model, Precision::Bf16.into());
     with_scheduler(SchedulerOptions { cache_bytes, ..options() }, |scheduler, model, tokenizer| {
         let prompts: Vec<Vec<u32>> = (0..4).map(|i| prompt(i, 60)).collect();
         let asked: Vec<_> = prompts.iter().map(|p| ask(scheduler, 0, p, write(5, 150)).unwrap()).collect();
