@@ -124,7 +124,7 @@ fn some_tokens_go_around() {
             };
             let whole = forward(&Batch::of_sequences(&[tokens]), None);
             for chunk in [1, 3] {
-                let mut cache = KvCache::new(&model.config, KvCache::format_for(Precision::F32));
+                let mut cache = KvCache::new(&model.config, CacheFormat::F32);
                 let mut parts = Vec::new();
                 for (at, part) in tokens.chunks(chunk).enumerate() {
                     parts.extend(forward(&Batch::continuing(part, at * chunk), Some(&mut cache)));
