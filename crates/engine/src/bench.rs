@@ -269,20 +269,20 @@ impl Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moebius_model::{Ffn, ModelConfig, shapes};
+    use moebius_model::{Ffn, QkNorm, UniformDecoder};
 
     fn model() -> Model {
-        let config = ModelConfig {
-            n_layers: 2,
-            hidden: 64,
+        let decoder = UniformDecoder {
+            family: "olmoe",
             n_heads: 2,
             n_kv_heads: 1,
-            head_dim: 16,
             vocab_size: 300,
             max_positions: 64,
-            ffn: Ffn::Moe { n_experts: 8, top_k: 2, width: 32, renormalise: true },
-            ..shapes::published("olmoe-1b-7b").unwrap()
+            qk_norm: QkNorm::Projection,
+            ffn: Ffn::moe_of(8, 2, 32, true),
+            ..UniformDecoder::default()
         };
+        let config = decoder.config();
         Model::random_for_speed(&config, 3, moebius_model::RunFormat::F32).unwrap()
     }
 

@@ -296,12 +296,12 @@ impl Run<'_, '_> {
 mod tests {
     use super::*;
     use crate::testing::byte_level;
-    use moebius_model::{Ffn, ModelConfig, QkNorm};
+    use moebius_model::{Ffn, UniformDecoder};
 
     /// A model of the byte tokenizer's 257 tokens with a context of 48.
     fn model() -> Model {
-        let config = ModelConfig {
-            family: "mixtral".into(),
+        let config = UniformDecoder {
+            family: "mixtral",
             vocab_size: 257,
             hidden: 32,
             n_layers: 2,
@@ -309,17 +309,10 @@ mod tests {
             n_kv_heads: 2,
             head_dim: 8,
             max_positions: 48,
-            rope_theta: 1e4,
-            rms_eps: 1e-5,
-            window: None,
-            tie_embeddings: false,
-            qk_norm: QkNorm::None,
-            qkv_bias: false,
-            ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 24, renormalise: true },
-            router_aux_loss_coef: 0.0,
-            bos_token: None,
-            eos_tokens: vec![],
-        };
+            ffn: Ffn::moe_of(4, 2, 24, true),
+            ..UniformDecoder::default()
+        }
+        .config();
         let mut model = Model::new(&config, 3).unwrap();
         // Large weights, so that the model has opinions.
         for param in model.params_mut().into_iter().filter(|param| !param.name().ends_with("norm")) {

@@ -8,7 +8,7 @@
 
 use moebius_kernels::formats::Format;
 use moebius_model::gguf::{ExportSettings, GgufFile, Value, write_model};
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError, QkNorm};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError, UniformDecoder};
 use moebius_tensor::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -36,13 +36,10 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1).map(|text| text.parse::<u64>().expect("a whole number"));
     let (inputs, seed) = (arguments.next().unwrap_or(1_000_000), arguments.next().unwrap_or(1));
     let mut rng = Rng::new(seed);
-    let sound: Vec<(Vec<u8>, usize)> = [
-        (Ffn::Dense { width: 8 }, Format::F16),
-        (Ffn::Dense { width: 32 }, Format::Q8_0),
-        (Ffn::Moe { n_experts: 2, top_k: 1, width: 32, renormalise: true }, Format::Q4_0),
-    ]
-    .map(|(ffn, format)| sound(ffn, format))
-    .to_vec();
+    let sound: Vec<(Vec<u8>, usize)> =
+        [(Ffn::dense(8), Format::F16), (Ffn::dense(32), Format::Q8_0), (Ffn::moe_of(2, 1, 32, true), Format::Q4_0)]
+            .map(|(ffn, format)| sound(ffn, format))
+            .to_vec();
     std::panic::set_hook(Box::new(|_| {}));
     let begun = Instant::now();
     let mut counts = [[0u64; 2]; 2];
@@ -80,9 +77,9 @@ fn main() -> ExitCode {
 
 /// A sound file, and where its tables end.
 fn sound(ffn: Ffn, format: Format) -> (Vec<u8>, usize) {
-    let moe = matches!(ffn, Ffn::Moe { .. });
-    let config = ModelConfig {
-        family: if moe { "mixtral" } else { "llama" }.into(),
+    let moe = ffn.moe().is_some();
+    let decoder = UniformDecoder {
+        family: if moe { "mixtral" } else { "llama" },
         vocab_size: 6,
         hidden: 32,
         n_layers: 1,
@@ -90,17 +87,11 @@ fn sound(ffn: Ffn, format: Format) -> (Vec<u8>, usize) {
         n_kv_heads: 1,
         head_dim: 4,
         max_positions: 16,
-        rope_theta: 1e4,
-        rms_eps: 1e-5,
-        window: None,
         tie_embeddings: moe,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
         ffn,
-        router_aux_loss_coef: 0.0,
-        bos_token: Some(0),
-        eos_tokens: vec![0, 1],
+        ..UniformDecoder::default()
     };
+    let config = ModelConfig { bos_token: Some(0), eos_tokens: vec![0, 1], ..decoder.config() };
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("m.gguf");
     let model = Model::new(&config, 1).expect("a sound configuration");

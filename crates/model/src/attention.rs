@@ -1,78 +1,72 @@
 //! Causal self-attention with grouped query heads and rotary positions (Ainslie et al. 2023, Su et al. 2021).
 
-use crate::{Batch, ModelConfig, ModelError};
-use moebius_kernels::attention::{AttentionShape, CachedSequence, LayerCache, attention_cached};
+use crate::cache::LayerState;
+use crate::config::{AttentionConfig, ModelConfig};
+use crate::position::RotaryAngles;
+use crate::weights::Weights;
+use crate::{Batch, ModelError};
+use moebius_kernels::attention::{AttentionShape, CachedSequence, attention_cached};
 use moebius_kernels::memory::Buffer;
-use moebius_kernels::rope::RopeTable;
 use moebius_tensor::{Graph, Param, Tensor, Var, ops};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// One layer's attention.
 #[derive(Debug)]
 pub(crate) struct Attention {
     /// `[n_heads * head_dim, hidden]`.
-    pub(crate) q: Param,
+    q: Param,
     /// `[n_kv_heads * head_dim, hidden]`.
-    pub(crate) k: Param,
+    k: Param,
     /// `[n_kv_heads * head_dim, hidden]`.
-    pub(crate) v: Param,
+    v: Param,
     /// `[hidden, n_heads * head_dim]`.
-    pub(crate) o: Param,
+    o: Param,
     /// The norms' weights of queries and keys, if they are normed.
-    pub(crate) norms: Option<[Param; 2]>,
+    norms: Option<[Param; 2]>,
     /// The biases of queries, keys and values, if they have them.
-    pub(crate) biases: Option<[Param; 3]>,
-}
-
-/// What all layers' attention has in common.
-#[derive(Debug)]
-pub(crate) struct AttentionPlan {
+    biases: Option<[Param; 3]>,
     shape: AttentionShape,
-    rope: RotaryAngles,
+    rotation: Option<Arc<RotaryAngles>>,
     /// Added to the mean square in the norms of queries and keys.
     eps: f32,
 }
 
-/// The rotations of as many positions as were asked for so far: a context may be of millions.
-#[derive(Debug)]
-struct RotaryAngles {
-    theta: f64,
-    head_dim: usize,
-    table: Mutex<Arc<RopeTable>>,
-}
-
-impl RotaryAngles {
-    fn new(config: &ModelConfig) -> Self {
-        let (theta, head_dim) = (config.rope_theta, config.head_dim);
-        Self { theta, head_dim, table: Mutex::new(Arc::new(RopeTable::new(theta, head_dim, 0))) }
-    }
-
-    /// A table that holds `positions` positions. Each row is the same in a table of any length.
-    fn covering(&self, positions: usize) -> Arc<RopeTable> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        if table.positions() < positions {
-            let length = positions.next_power_of_two().max(256);
-            *table = Arc::new(RopeTable::new(self.theta, self.head_dim, length));
-        }
-        table.clone()
-    }
-}
-
-impl AttentionPlan {
-    pub(crate) fn new(config: &ModelConfig) -> Self {
-        let shape = AttentionShape {
-            n_heads: config.n_heads,
-            n_kv_heads: config.n_kv_heads,
-            head_dim: config.head_dim,
-            scale: (config.head_dim as f32).powf(-0.5),
-            window: config.window,
-        };
-        Self { shape, rope: RotaryAngles::new(config), eps: config.rms_eps as f32 }
-    }
-}
-
 impl Attention {
-    /// Attends within each sequence of the batch; with caches, one a sequence, also to what each read before.
+    pub(crate) fn build(
+        model: &ModelConfig,
+        config: &AttentionConfig,
+        weights: &mut Weights<'_, '_>,
+    ) -> Result<Self, ModelError> {
+        let hidden = model.hidden;
+        let AttentionConfig { n_heads, n_kv_heads, head_dim, qk_norm, .. } = *config;
+        let (queries, keys) = (n_heads * head_dim, n_kv_heads * head_dim);
+        let rotation = config.rope.as_ref().map(|rope| weights.rotations.of(rope));
+        weights.within("attention.", |weights| {
+            Ok(Self {
+                q: weights.get("q", &[queries, hidden])?,
+                k: weights.get("k", &[keys, hidden])?,
+                v: weights.get("v", &[keys, hidden])?,
+                o: weights.get("o", &[hidden, queries])?,
+                norms: match (qk_norm.width(n_heads, head_dim), qk_norm.width(n_kv_heads, head_dim)) {
+                    (Some(q), Some(k)) => Some([weights.get("q_norm", &[q])?, weights.get("k_norm", &[k])?]),
+                    _ => None,
+                },
+                biases: match config.qkv_bias {
+                    true => Some([
+                        weights.get("q_bias", &[queries])?,
+                        weights.get("k_bias", &[keys])?,
+                        weights.get("v_bias", &[keys])?,
+                    ]),
+                    false => None,
+                },
+                shape: shape(config),
+                rotation,
+                eps: model.norm.eps() as f32,
+            })
+        })
+    }
+
+    /// Attends within each sequence of the batch; with states, one a sequence, also to what each read before.
     ///
     /// # Shapes
     /// x and result `[tokens, hidden]`.
@@ -80,13 +74,10 @@ impl Attention {
         &'p self,
         g: &Graph<'p>,
         x: &Var,
-        plan: &AttentionPlan,
         batch: &Batch,
-        caches: Option<&mut [&mut LayerCache]>,
+        states: Option<&mut [&mut LayerState]>,
     ) -> Result<Var, ModelError> {
-        let shape = &plan.shape;
-        let table = plan.rope.covering(batch.positions.iter().max().map_or(0, |&last| last as usize + 1));
-        let rotate = |x: Var, heads| ops::rope(g, &x, heads, shape.head_dim, &batch.positions, &table);
+        let shape = &self.shape;
         let (mut q, mut k) = (ops::linear(g, x, &self.q)?, ops::linear(g, x, &self.k)?);
         let mut v = ops::linear(g, x, &self.v)?;
         if let Some([q_bias, k_bias, v_bias]) = &self.biases {
@@ -94,26 +85,38 @@ impl Attention {
             v = ops::add_bias(g, &v, v_bias)?;
         }
         if let Some([q_norm, k_norm]) = &self.norms {
-            (q, k) = (ops::rms_norm(g, &q, q_norm, plan.eps)?, ops::rms_norm(g, &k, k_norm, plan.eps)?);
+            (q, k) = (ops::rms_norm(g, &q, q_norm, self.eps)?, ops::rms_norm(g, &k, k_norm, self.eps)?);
         }
-        let (q, k) = (rotate(q, shape.n_heads)?, rotate(k, shape.n_kv_heads)?);
-        let attended = match caches {
+        if let Some(rotation) = &self.rotation {
+            let table = rotation.covering(batch.end_position());
+            let turn = |x: &Var, heads| ops::rope(g, x, heads, shape.head_dim, &batch.positions, &table);
+            (q, k) = (turn(&q, shape.n_heads)?, turn(&k, shape.n_kv_heads)?);
+        }
+        let attended = match states {
             None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,
-            Some(caches) => attend_cached(shape, &q, [k.data(), v.data()], batch, caches),
+            Some(states) => attend_cached(shape, &q, [k.data(), v.data()], batch, states),
         };
         Ok(ops::linear(g, &attended, &self.o)?)
     }
 
-    pub(crate) fn params(&self) -> impl Iterator<Item = &Param> {
-        [&self.q, &self.k, &self.v, &self.o]
-            .into_iter()
-            .chain(self.norms.iter().flatten())
-            .chain(self.biases.iter().flatten())
+    pub(crate) fn params(&self) -> Vec<&Param> {
+        let Self { q, k, v, o, norms, biases, .. } = self;
+        [q, k, v, o].into_iter().chain(norms.iter().flatten()).chain(biases.iter().flatten()).collect()
     }
 
-    pub(crate) fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
-        let Self { q, k, v, o, norms, biases } = self;
-        [q, k, v, o].into_iter().chain(norms.iter_mut().flatten()).chain(biases.iter_mut().flatten())
+    pub(crate) fn params_mut(&mut self) -> Vec<&mut Param> {
+        let Self { q, k, v, o, norms, biases, .. } = self;
+        [q, k, v, o].into_iter().chain(norms.iter_mut().flatten()).chain(biases.iter_mut().flatten()).collect()
+    }
+}
+
+fn shape(config: &AttentionConfig) -> AttentionShape {
+    AttentionShape {
+        n_heads: config.n_heads,
+        n_kv_heads: config.n_kv_heads,
+        head_dim: config.head_dim,
+        scale: config.scale as f32,
+        window: config.reach.window(),
     }
 }
 
@@ -123,12 +126,13 @@ fn attend_cached(
     q: &Var,
     [k, v]: [&[f32]; 2],
     batch: &Batch,
-    caches: &mut [&mut LayerCache],
+    states: &mut [&mut LayerState],
 ) -> Var {
     let width = shape.key_width();
-    let sequences: Vec<CachedSequence<'_>> = (caches.iter_mut().zip(batch.starts.windows(2)))
-        .map(|(cache, bounds)| {
+    let sequences: Vec<CachedSequence<'_>> = (states.iter_mut().zip(batch.starts.windows(2)))
+        .map(|(state, bounds)| {
             let rows = bounds[0] * width..bounds[1] * width;
+            let cache = state.keys_values();
             cache.push(&k[rows.clone()], &v[rows]);
             CachedSequence { rows: bounds[1] - bounds[0], cache }
         })

@@ -33,4 +33,9 @@ impl Batch {
         }
         batch
     }
+
+    /// One more than the last position of any token.
+    pub(crate) fn end_position(&self) -> usize {
+        self.positions.iter().max().map_or(0, |&last| last as usize + 1)
+    }
 }

@@ -1,20 +1,67 @@
-//! [`KvCache`]: the keys and values of what a sequence has read.
+//! [`KvCache`]: what a model remembers of what a sequence has read, layer by layer.
 
 use crate::ModelConfig;
+use crate::config::{AttentionConfig, Mixer};
 use moebius_kernels::attention::{CacheFormat, LayerCache};
 use moebius_kernels::gemm::Precision;
 
-/// Keys and values of one sequence, layer by layer; grows with the sequence.
+/// What the layers remember of one sequence; grows with it. A clone goes its own way from there.
 #[derive(Clone, Debug)]
 pub struct KvCache {
-    layers: Vec<LayerCache>,
+    layers: Vec<LayerState>,
+}
+
+/// What one layer remembers of one sequence, one variant for each kind of mixer's memory.
+#[derive(Clone, Debug)]
+pub(crate) enum LayerState {
+    /// Keys and values of every position.
+    KeysValues(LayerCache),
+}
+
+impl LayerState {
+    fn new(mixer: &Mixer, format: CacheFormat) -> Self {
+        match mixer {
+            Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
+                Self::KeysValues(LayerCache::new(*n_kv_heads, *head_dim, format))
+            }
+        }
+    }
+
+    /// Positions that it has seen.
+    fn len(&self) -> usize {
+        match self {
+            Self::KeysValues(cache) => cache.len(),
+        }
+    }
+
+    /// The fewest positions that it can go back to, from where it is.
+    fn earliest(&self) -> usize {
+        match self {
+            Self::KeysValues(_) => 0,
+        }
+    }
+
+    fn truncate(&mut self, positions: usize) {
+        match self {
+            Self::KeysValues(cache) => cache.truncate(positions),
+        }
+    }
+
+    /// The keys and values.
+    ///
+    /// # Panics
+    /// If it is of another kind: a model's mixers and states are made from one configuration.
+    pub(crate) fn keys_values(&mut self) -> &mut LayerCache {
+        match self {
+            Self::KeysValues(cache) => cache,
+        }
+    }
 }
 
 impl KvCache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig, format: CacheFormat) -> Self {
-        let layer = || LayerCache::new(config.n_kv_heads, config.head_dim, format);
-        Self { layers: std::iter::repeat_with(layer).take(config.n_layers).collect() }
+        Self { layers: config.layers.iter().map(|layer| LayerState::new(&layer.mixer, format)).collect() }
     }
 
     /// What goes with products in a precision: keys and values are held as exactly as they are made.
@@ -27,12 +74,12 @@ impl KvCache {
 
     /// Bytes that one position takes in a cache for this model, all layers together.
     pub fn position_bytes(config: &ModelConfig, format: CacheFormat) -> usize {
-        2 * config.n_layers * config.n_kv_heads * config.head_dim * format.bytes()
+        config.layers.iter().map(|layer| layer.mixer.position_bytes(format)).sum()
     }
 
-    /// Positions held.
+    /// Positions read.
     pub fn len(&self) -> usize {
-        self.layers.last().map_or(0, LayerCache::len)
+        self.layers.last().map_or(0, LayerState::len)
     }
 
     /// Whether nothing was read yet.
@@ -40,12 +87,33 @@ impl KvCache {
         self.len() == 0
     }
 
+    /// The fewest positions that [`KvCache::truncate`] can go back to: none for keys and values, the whole length for a
+    /// state that holds only where it is (a clone made there can be kept instead).
+    pub fn earliest(&self) -> usize {
+        self.layers.iter().map(LayerState::earliest).max().unwrap_or(0)
+    }
+
     /// Forgets all but the first `positions`.
+    ///
+    /// # Panics
+    /// If `positions` is fewer than [`KvCache::earliest`].
     pub fn truncate(&mut self, positions: usize) {
+        assert!(positions >= self.earliest(), "a cache that cannot go back to position {positions}");
         self.layers.iter_mut().for_each(|layer| layer.truncate(positions));
     }
 
-    pub(crate) fn layer(&mut self, layer: usize) -> &mut LayerCache {
+    pub(crate) fn layer(&mut self, layer: usize) -> &mut LayerState {
         &mut self.layers[layer]
+    }
+}
+
+impl Mixer {
+    /// Bytes that a cache holds for each position.
+    fn position_bytes(&self, format: CacheFormat) -> usize {
+        match self {
+            Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
+                2 * n_kv_heads * format.row_bytes(*head_dim)
+            }
+        }
     }
 }

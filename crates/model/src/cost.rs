@@ -4,7 +4,9 @@
 //! a pass, each multiply-add as two operations. Norms, softmax and activations are left out: they are a few
 //! operations for each number that the products make.
 
-use crate::{Batch, Ffn, KvCache, Model, Observer};
+use crate::config::{AttentionConfig, Mixer};
+use crate::{Batch, KvCache, Model, Observer};
+use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_moe::Routing;
 use moebius_tensor::Param;
@@ -72,7 +74,7 @@ impl Model {
     /// were seen choosing.
     pub fn cost(&self, precision: Precision, batch: &Batch, logit_rows: usize, experts: &ExpertUse) -> Cost {
         let (rows, logit_rows) = (batch.tokens.len() as u64, logit_rows as u64);
-        let mut cost = self.attention_cost(batch, precision);
+        let mut cost = self.mixer_cost(batch, precision);
         for param in self.params() {
             let elements = param.shape().iter().product::<usize>() as u64;
             let bytes = held_bytes(param, precision);
@@ -87,7 +89,7 @@ impl Model {
                 }
                 ("head", _) if logit_rows == 0 => Cost::default(),
                 ("head", _) => product(elements, bytes, logit_rows),
-                (name, 3) => {
+                (name, 3) if name.contains(".moe.") => {
                     let chosen = experts.layers.get(&layer_of(name)).copied().unwrap_or_default();
                     let n_experts = param.shape()[0] as u64;
                     let operations = 2 * elements / n_experts * chosen.assignments;
@@ -106,29 +108,38 @@ impl Model {
     }
 
     /// Keys and values that the batch's tokens see: each sequence's once, and the arithmetic on them.
-    fn attention_cost(&self, batch: &Batch, precision: Precision) -> Cost {
-        let config = &self.config;
-        let window = config.window.unwrap_or(usize::MAX);
-        let seen = |position: u32| (position as usize + 1).min(window) as u64;
-        let (mut read, mut pairs) = (0, 0);
-        for bounds in batch.starts.windows(2) {
-            let positions = &batch.positions[bounds[0]..bounds[1]];
-            let Some((&first, &last)) = positions.first().zip(positions.last()) else { continue };
-            read += u64::from(last) + 1 - (u64::from(first) + 1 - seen(first));
-            pairs += positions.iter().map(|&position| seen(position)).sum::<u64>();
+    fn mixer_cost(&self, batch: &Batch, precision: Precision) -> Cost {
+        let mut cost = Cost::default();
+        for layer in &self.config.layers {
+            cost += match &layer.mixer {
+                Mixer::Attention(attention) => {
+                    attention_cost(attention, batch, KvCache::format_for(precision))
+                }
+            };
         }
-        let a_pair = 4 * (config.n_layers * config.n_heads * config.head_dim) as u64;
-        let a_position = KvCache::position_bytes(config, KvCache::format_for(precision)) as u64;
-        Cost { weight_bytes: 0, cache_bytes: read * a_position, operations: pairs * a_pair }
+        cost
     }
 
     /// Experts that a token is sent to and experts there are, if there is a choice.
     pub fn experts(&self) -> Option<(usize, usize)> {
-        match self.config.ffn {
-            Ffn::Dense { .. } => None,
-            Ffn::Moe { n_experts, top_k, .. } => Some((top_k, n_experts)),
-        }
+        self.config.moe().map(|moe| (moe.router.top_k, moe.n_experts))
     }
+}
+
+/// What one layer's attention reads of keys and values held in `format`, and computes on them.
+fn attention_cost(config: &AttentionConfig, batch: &Batch, format: CacheFormat) -> Cost {
+    let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
+    let window = config.reach.window().unwrap_or(usize::MAX);
+    let seen = |position: u32| (position as usize + 1).min(window) as u64;
+    let (mut read, mut pairs) = (0, 0);
+    for bounds in batch.starts.windows(2) {
+        let positions = &batch.positions[bounds[0]..bounds[1]];
+        let Some((&first, &last)) = positions.first().zip(positions.last()) else { continue };
+        read += u64::from(last) + 1 - (u64::from(first) + 1 - seen(first));
+        pairs += positions.iter().map(|&position| seen(position)).sum::<u64>();
+    }
+    let (a_pair, a_position) = (4 * (n_heads * head_dim) as u64, 2 * (n_kv_heads * format.row_bytes(head_dim)) as u64);
+    Cost { weight_bytes: 0, cache_bytes: read * a_position, operations: pairs * a_pair }
 }
 
 fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
@@ -154,30 +165,14 @@ fn layer_of(name: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ModelConfig;
+    use crate::{Ffn, ModelConfig, UniformDecoder};
     use moebius_tensor::Graph;
 
     fn config(window: Option<usize>, tie_embeddings: bool) -> ModelConfig {
-        ModelConfig {
-            family: "mixtral".into(),
-            vocab_size: 48,
-            hidden: 32,
-            n_layers: 2,
-            n_heads: 2,
-            n_kv_heads: 1,
-            head_dim: 16,
-            max_positions: 64,
-            rope_theta: 1e4,
-            rms_eps: 1e-5,
-            window,
-            tie_embeddings,
-            qk_norm: crate::QkNorm::None,
-            qkv_bias: false,
-            ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 32, renormalise: true },
-            router_aux_loss_coef: 0.0,
-            bos_token: None,
-            eos_tokens: Vec::new(),
-        }
+        let ffn = Ffn::moe_of(4, 2, 32, true);
+        let sizes = UniformDecoder { family: "mixtral", vocab_size: 48, hidden: 32, ..UniformDecoder::default() };
+        let heads = UniformDecoder { n_heads: 2, n_kv_heads: 1, head_dim: 16, ..sizes };
+        UniformDecoder { max_positions: 64, window, tie_embeddings, ffn, ..heads }.config()
     }
 
     fn cost(model: &Model, tokens: &[u32], precision: Precision) -> Cost {

@@ -1,10 +1,11 @@
-//! [`Model`]: a decoder of pre-norm layers, attention then feed-forward, each added to the residual stream.
+//! [`Model`]: a decoder, layers between an embedding and an output projection.
 
-use crate::attention::{Attention, AttentionPlan};
-use crate::feed_forward::FeedForward;
-use crate::{Batch, Checkpoint, Ffn, KvCache, ModelConfig, ModelError, Observer};
-use moebius_kernels::attention::LayerCache;
-use moebius_moe::{ExpertBank, MoeError, MoeLayer, Routing, TopKRouter};
+use crate::cache::LayerState;
+use crate::layer::Layer;
+use crate::norm::StreamNorm;
+use crate::weights::{MakeParam, Weights};
+use crate::{Batch, Checkpoint, KvCache, ModelConfig, ModelError, Observer};
+use moebius_moe::MoeError;
 use moebius_tensor::{Graph, Param, Rng, Tensor, Var, ops};
 
 /// A decoder with its weights.
@@ -14,17 +15,8 @@ pub struct Model {
     pub config: ModelConfig,
     embedding: Param,
     layers: Vec<Layer>,
-    final_norm: Param,
+    final_norm: StreamNorm,
     head: Option<Param>,
-    attention_plan: AttentionPlan,
-}
-
-#[derive(Debug)]
-struct Layer {
-    attention_norm: Param,
-    attention: Attention,
-    ffn_norm: Param,
-    ffn: FeedForward,
 }
 
 /// How many weights a model has.
@@ -35,11 +27,6 @@ pub struct ParameterCount {
     /// Those that take part in one token: everything but the experts that the router leaves out.
     pub active: usize,
 }
-
-/// Makes the weight of an id, a name and a shape.
-pub(crate) type MakeParam<'s> = dyn FnMut(usize, &str, &[usize]) -> Result<Param, ModelError> + 's;
-/// Gives a weight of the name and shape asked for.
-type Make<'s, T> = dyn FnMut(&str, &[usize]) -> Result<T, ModelError> + 's;
 
 /// Standard deviation of initial weights.
 const INITIAL_DEVIATION: f32 = 0.02;
@@ -52,7 +39,7 @@ impl Model {
     /// A contradictory configuration.
     pub fn new(config: &ModelConfig, seed: u64) -> Result<Self, ModelError> {
         let mut rng = Rng::new(seed);
-        let residual = INITIAL_DEVIATION / (2.0 * config.n_layers as f32).sqrt();
+        let residual = INITIAL_DEVIATION / (2.0 * config.n_layers() as f32).sqrt();
         Self::build(config, &mut |id, name, shape| {
             let mut value = Tensor::zeros(shape);
             match name.rsplit('.').next() {
@@ -80,47 +67,24 @@ impl Model {
     /// Makes every weight, in the order of their ids, from its name and shape.
     pub(crate) fn build(config: &ModelConfig, make: &mut MakeParam<'_>) -> Result<Self, ModelError> {
         config.validate().map_err(|(key, message)| ModelError::config("configuration", key, message))?;
-        let mut next_id = 0;
-        let mut param = |name: String, shape: &[usize]| -> Result<Param, ModelError> {
-            next_id += 1;
-            make(next_id - 1, &name, shape)
-        };
+        let mut weights = Weights::new(make);
         let (hidden, vocab) = (config.hidden, config.vocab_size);
-        let (queries, keys) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
-        let embedding = param("embedding".into(), &[vocab, hidden])?;
-        let mut layers = Vec::with_capacity(config.n_layers);
-        for layer in 0..config.n_layers {
-            let mut param = |name: &str, shape: &[usize]| param(format!("layers.{layer}.{name}"), shape);
-            layers.push(Layer {
-                attention_norm: param("attention_norm", &[hidden])?,
-                attention: Attention {
-                    q: param("attention.q", &[queries, hidden])?,
-                    k: param("attention.k", &[keys, hidden])?,
-                    v: param("attention.v", &[keys, hidden])?,
-                    o: param("attention.o", &[hidden, queries])?,
-                    norms: build_norms(config, &mut param)?,
-                    biases: build_biases(config, [queries, keys, keys], &mut param)?,
-                },
-                ffn_norm: param("ffn_norm", &[hidden])?,
-                ffn: build_feed_forward(config, &mut param)?,
-            });
-        }
-        let final_norm = param("final_norm".into(), &[hidden])?;
-        let head = if config.tie_embeddings { None } else { Some(param("head".into(), &[vocab, hidden])?) };
-        let attention_plan = AttentionPlan::new(config);
-        Ok(Self { config: config.clone(), embedding, layers, final_norm, head, attention_plan })
+        let embedding = weights.get("embedding", &[vocab, hidden])?;
+        let layers = config.layers.iter().enumerate();
+        let layers = layers.map(|(index, layer)| {
+            weights.within(&format!("layers.{index}."), |weights| Layer::build(config, layer, weights))
+        });
+        let layers = layers.collect::<Result<Vec<Layer>, ModelError>>()?;
+        let final_norm = StreamNorm::build(config.norm, "final_norm", hidden, &mut weights)?;
+        let head = weights.get_if(!config.tie_embeddings, "head", &[vocab, hidden])?;
+        Ok(Self { config: config.clone(), embedding, layers, final_norm, head })
     }
 
     /// All weights; a weight's id is its place here.
     pub fn params(&self) -> Vec<&Param> {
         let mut all = vec![&self.embedding];
-        for layer in &self.layers {
-            all.push(&layer.attention_norm);
-            all.extend(layer.attention.params());
-            all.push(&layer.ffn_norm);
-            all.extend(layer.ffn.params());
-        }
-        all.push(&self.final_norm);
+        all.extend(self.layers.iter().flat_map(Layer::params));
+        all.extend(self.final_norm.params());
         all.extend(&self.head);
         all
     }
@@ -128,13 +92,8 @@ impl Model {
     /// All weights, to be changed.
     pub fn params_mut(&mut self) -> Vec<&mut Param> {
         let mut all = vec![&mut self.embedding];
-        for layer in &mut self.layers {
-            all.push(&mut layer.attention_norm);
-            all.extend(layer.attention.params_mut());
-            all.push(&mut layer.ffn_norm);
-            all.extend(layer.ffn.params_mut());
-        }
-        all.push(&mut self.final_norm);
+        all.extend(self.layers.iter_mut().flat_map(Layer::params_mut));
+        all.extend(self.final_norm.params_mut());
         all.extend(&mut self.head);
         all
     }
@@ -142,12 +101,9 @@ impl Model {
     /// Total and active weights, embeddings included (a tied one once).
     pub fn count_params(&self) -> ParameterCount {
         let total = self.params().iter().map(|param| param.n_elements()).sum();
-        let idle = match self.config.ffn {
-            Ffn::Dense { .. } => 0,
-            Ffn::Moe { n_experts, top_k, width, .. } => {
-                self.config.n_layers * (n_experts - top_k) * 3 * width * self.config.hidden
-            }
-        };
+        let idle: usize = (self.config.layers.iter().filter_map(|layer| layer.ffn.moe()))
+            .map(|moe| (moe.n_experts - moe.router.top_k) * 3 * moe.width * self.config.hidden)
+            .sum();
         ParameterCount { total, active: total - idle }
     }
 
@@ -188,22 +144,24 @@ impl Model {
         recompute: bool,
     ) -> Result<Var, ModelError> {
         self.check(batch, caches.as_deref())?;
-        if let Ffn::Moe { top_k: 1, renormalise: true, .. } = self.config.ffn
-            && g.is_recording()
-        {
+        let mut routers = self.config.layers.iter().filter_map(|layer| layer.ffn.moe());
+        if g.is_recording() && routers.any(|moe| moe.router.has_no_gradient()) {
             // The router says so too, but when layers are recomputed it would say it in the middle of the backward.
             return Err(MoeError::NoRouterGradient.into());
         }
         let mut x = ops::embedding(g, &batch.tokens, &self.embedding)?;
+        if self.config.scales.embedding != 1.0 {
+            x = ops::scale(g, &x, self.config.scales.embedding as f32);
+        }
         observer.hidden(0, &x);
         for (index, layer) in self.layers.iter().enumerate() {
             let routing;
             (x, routing) = if recompute && caches.is_none() {
-                layer.forward_recomputed(g, &x, &self.attention_plan, batch, self.config.rms_eps as f32)?
+                layer.forward_recomputed(g, &x, batch)?
             } else {
-                let mut caches: Option<Vec<&mut LayerCache>> =
+                let mut states: Option<Vec<&mut LayerState>> =
                     caches.as_deref_mut().map(|caches| caches.iter_mut().map(|cache| cache.layer(index)).collect());
-                layer.forward(g, &x, &self.attention_plan, batch, caches.as_deref_mut(), self.config.rms_eps as f32)?
+                layer.forward(g, &x, batch, states.as_deref_mut())?
             };
             if let Some(routing) = &routing {
                 observer.routing(index, routing);
@@ -212,15 +170,14 @@ impl Model {
                 observer.hidden(index + 1, &x);
             }
         }
-        let x = ops::rms_norm(g, &x, &self.final_norm, self.config.rms_eps as f32)?;
+        let x = self.final_norm.forward(g, &x)?;
         observer.hidden(self.layers.len(), &x);
         Ok(x)
     }
 
     fn check(&self, batch: &Batch, caches: Option<&[&mut KvCache]>) -> Result<(), ModelError> {
         self.check_tokens(&batch.tokens)?;
-        let (found, context) =
-            (batch.positions.iter().max().map_or(0, |&last| last as usize + 1), self.config.max_positions);
+        let (found, context) = (batch.end_position(), self.config.max_positions);
         if found > context {
             return Err(ModelError::Context { found, context });
         }
@@ -239,93 +196,18 @@ impl Model {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// What the output projection reads of hidden states after the final norm: they are scaled instead of the logits,
+    /// which are many more.
+    pub(crate) fn head_input<'p>(&self, g: &Graph<'p>, hidden: &Var) -> Var {
+        let scale = self.config.scales.logits;
+        if scale == 1.0 { hidden.clone() } else { ops::scale(g, hidden, scale as f32) }
+    }
+
     /// The scores of the next token, `[rows, vocab]`, of hidden states `[rows, hidden]`.
     ///
     /// # Panics
     /// If `hidden` has another width.
     pub fn logits<'p>(&'p self, g: &Graph<'p>, hidden: &Var) -> Var {
-        ops::linear(g, hidden, self.head()).expect("hidden states of this model")
-    }
-}
-
-/// The norms of queries and keys, if the model has them.
-fn build_norms(config: &ModelConfig, param: &mut Make<'_, Param>) -> Result<Option<[Param; 2]>, ModelError> {
-    let width = |heads| config.qk_norm.width(heads, config.head_dim);
-    match (width(config.n_heads), width(config.n_kv_heads)) {
-        (Some(q), Some(k)) => Ok(Some([param("attention.q_norm", &[q])?, param("attention.k_norm", &[k])?])),
-        _ => Ok(None),
-    }
-}
-
-/// The biases of queries, keys and values, if the model has them.
-fn build_biases(
-    config: &ModelConfig,
-    [q, k, v]: [usize; 3],
-    param: &mut Make<'_, Param>,
-) -> Result<Option<[Param; 3]>, ModelError> {
-    let mut bias = |letter: &str, width| param(&format!("attention.{letter}_bias"), &[width]);
-    Ok(if config.qkv_bias { Some([bias("q", q)?, bias("k", k)?, bias("v", v)?]) } else { None })
-}
-
-fn build_feed_forward(config: &ModelConfig, param: &mut Make<'_, Param>) -> Result<FeedForward, ModelError> {
-    let hidden = config.hidden;
-    Ok(match config.ffn {
-        Ffn::Dense { width } => FeedForward::Dense {
-            gate_up: param("mlp.gate_up", &[2 * width, hidden])?,
-            down: param("mlp.down", &[hidden, width])?,
-        },
-        Ffn::Moe { n_experts, top_k, width, renormalise } => FeedForward::Moe(MoeLayer {
-            router: TopKRouter::new(param("moe.router", &[n_experts, hidden])?, top_k, renormalise)?,
-            experts: ExpertBank::new(
-                param("moe.gate_up", &[n_experts, 2 * width, hidden])?,
-                param("moe.down", &[n_experts, hidden, width])?,
-            )?,
-        }),
-    })
-}
-
-impl Layer {
-    fn forward<'p>(
-        &'p self,
-        g: &Graph<'p>,
-        x: &Var,
-        plan: &AttentionPlan,
-        batch: &Batch,
-        caches: Option<&mut [&mut LayerCache]>,
-        eps: f32,
-    ) -> Result<(Var, Option<Routing>), ModelError> {
-        let normed = ops::rms_norm(g, x, &self.attention_norm, eps)?;
-        let x = ops::add(g, x, &self.attention.forward(g, &normed, plan, batch, caches)?)?;
-        let normed = ops::rms_norm(g, &x, &self.ffn_norm, eps)?;
-        let (y, routing) = self.ffn.forward(g, &normed)?;
-        Ok((ops::add(g, &x, &y)?, routing))
-    }
-
-    /// As [`Layer::forward`] without a cache, its inner activations made anew in the backward.
-    fn forward_recomputed<'p>(
-        &'p self,
-        g: &Graph<'p>,
-        x: &Var,
-        plan: &'p AttentionPlan,
-        batch: &Batch,
-        eps: f32,
-    ) -> Result<(Var, Option<Routing>), ModelError> {
-        let (batch, decided) = (batch.clone(), std::rc::Rc::new(std::cell::RefCell::new(None)));
-        let slot = decided.clone();
-        let outputs = g.checkpoint(x, move |g, x| {
-            let (y, routing) = self.forward(g, x, plan, &batch, None, eps)?;
-            let mut outputs = vec![y];
-            if let Some(routing) = &routing {
-                outputs.extend([routing.logits.clone(), routing.probabilities.clone()]);
-            }
-            slot.borrow_mut().get_or_insert(routing);
-            Ok::<_, ModelError>(outputs)
-        })?;
-        let mut routing = decided.borrow_mut().take().flatten();
-        if let Some(routing) = &mut routing {
-            // Losses on the routing must flow into the recomputation.
-            (routing.logits, routing.probabilities) = (outputs[1].clone(), outputs[2].clone());
-        }
-        Ok((outputs[0].clone(), routing))
+        ops::linear(g, &self.head_input(g, hidden), self.head()).expect("hidden states of this model")
     }
 }

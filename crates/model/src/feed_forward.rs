@@ -1,30 +1,61 @@
 //! The feed-forward part of a layer: one SwiGLU network, or a mixture of them.
 
 use crate::ModelError;
-use moebius_moe::{MoeLayer, Routing};
+use crate::config::{Ffn, MoeFfn, SharedExperts};
+use crate::weights::Weights;
+use moebius_moe::{ExpertBank, MoeLayer, Routing, TopKRouter};
 use moebius_tensor::{Graph, Param, Var, ops};
 
 /// One network, or several behind a router.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "a few of them in a model, beside megabytes of weights")]
 pub(crate) enum FeedForward {
-    /// gate_up `[2 * width, hidden]` (the gate's rows first), down `[hidden, width]`.
-    Dense { gate_up: Param, down: Param },
-    /// A router and its experts.
-    Moe(MoeLayer),
+    Dense(Network),
+    Moe(Mixture),
+}
+
+/// down · (silu(gate · x) * (up · x)).
+#[derive(Debug)]
+pub(crate) struct Network {
+    /// `[2 * width, hidden]`, the gate's rows first.
+    gate_up: Param,
+    /// `[hidden, width]`.
+    down: Param,
+}
+
+/// Experts behind a router, and what every token passes besides.
+#[derive(Debug)]
+pub(crate) struct Mixture {
+    /// The router of the family and its experts.
+    layer: MoeLayer<TopKRouter>,
+    shared: Option<Shared>,
+}
+
+/// The network that every token passes.
+#[derive(Debug)]
+struct Shared {
+    network: Network,
+    /// `[1, hidden]`: scores how much of the answer counts.
+    gate: Option<Param>,
 }
 
 impl FeedForward {
+    pub(crate) fn build(config: &Ffn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        match config {
+            Ffn::Dense(dense) => {
+                weights.within("mlp.", |weights| Network::build(dense.width, hidden, weights)).map(Self::Dense)
+            }
+            Ffn::Moe(moe) => weights.within("moe.", |weights| Mixture::build(moe, hidden, weights)).map(Self::Moe),
+        }
+    }
+
     /// # Shapes
     /// x and result `[tokens, hidden]`.
     pub(crate) fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<(Var, Option<Routing>), ModelError> {
         match self {
-            Self::Dense { gate_up, down } => {
-                let inner = ops::swiglu(g, &ops::linear(g, x, gate_up)?)?;
-                Ok((ops::linear(g, &inner, down)?, None))
-            }
-            Self::Moe(layer) => {
-                let (y, routing) = layer.forward(g, x)?;
+            Self::Dense(network) => Ok((network.forward(g, x)?, None)),
+            Self::Moe(mixture) => {
+                let (y, routing) = mixture.forward(g, x)?;
                 Ok((y, Some(routing)))
             }
         }
@@ -32,15 +63,93 @@ impl FeedForward {
 
     pub(crate) fn params(&self) -> Vec<&Param> {
         match self {
-            Self::Dense { gate_up, down } => vec![gate_up, down],
-            Self::Moe(layer) => layer.params(),
+            Self::Dense(network) => network.params(),
+            Self::Moe(mixture) => mixture.params(),
         }
     }
 
     pub(crate) fn params_mut(&mut self) -> Vec<&mut Param> {
         match self {
-            Self::Dense { gate_up, down } => vec![gate_up, down],
-            Self::Moe(layer) => layer.params_mut(),
+            Self::Dense(network) => network.params_mut(),
+            Self::Moe(mixture) => mixture.params_mut(),
         }
+    }
+}
+
+impl Network {
+    fn build(width: usize, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        Ok(Self {
+            gate_up: weights.get("gate_up", &[2 * width, hidden])?,
+            down: weights.get("down", &[hidden, width])?,
+        })
+    }
+
+    fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Var, ModelError> {
+        let inner = ops::swiglu(g, &ops::linear(g, x, &self.gate_up)?)?;
+        Ok(ops::linear(g, &inner, &self.down)?)
+    }
+
+    fn params(&self) -> Vec<&Param> {
+        vec![&self.gate_up, &self.down]
+    }
+
+    fn params_mut(&mut self) -> Vec<&mut Param> {
+        vec![&mut self.gate_up, &mut self.down]
+    }
+}
+
+impl Mixture {
+    fn build(config: &MoeFfn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        let MoeFfn { n_experts, width, router, shared } = *config;
+        let score = weights.get("router", &[n_experts, hidden])?;
+        let biases = [
+            weights.get_if(router.logit_bias, "router_bias", &[n_experts])?,
+            weights.get_if(router.selection_bias, "selection_bias", &[n_experts])?,
+        ];
+        let experts = ExpertBank::new(
+            weights.get("gate_up", &[n_experts, 2 * width, hidden])?,
+            weights.get("down", &[n_experts, hidden, width])?,
+        )?;
+        let build_shared = |weights: &mut Weights<'_, '_>, shared: SharedExperts| {
+            weights.within("shared.", |weights| {
+                let network = Network::build(shared.width, hidden, weights)?;
+                Ok(Shared { network, gate: weights.get_if(shared.gated, "gate", &[1, hidden])? })
+            })
+        };
+        Ok(Self {
+            layer: MoeLayer { router: TopKRouter::with(score, biases, router)?, experts },
+            shared: shared.map(|shared| build_shared(weights, shared)).transpose()?,
+        })
+    }
+
+    fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<(Var, Routing), ModelError> {
+        let (mut y, routing) = self.layer.forward(g, x)?;
+        if let Some(Shared { network, gate }) = &self.shared {
+            let mut answer = network.forward(g, x)?;
+            if let Some(gate) = gate {
+                let open = ops::sigmoid(g, &ops::linear_f32(g, x, gate)?);
+                answer = ops::scale_rows(g, &answer, &open)?;
+            }
+            y = ops::add(g, &y, &answer)?;
+        }
+        Ok((y, routing))
+    }
+
+    fn params(&self) -> Vec<&Param> {
+        let mut all = self.layer.params();
+        if let Some(Shared { network, gate }) = &self.shared {
+            all.extend(network.params());
+            all.extend(gate);
+        }
+        all
+    }
+
+    fn params_mut(&mut self) -> Vec<&mut Param> {
+        let mut all = self.layer.params_mut();
+        if let Some(Shared { network, gate }) = &mut self.shared {
+            all.extend(network.params_mut());
+            all.extend(gate);
+        }
+        all
     }
 }

@@ -3,7 +3,7 @@
 use crate::checkpoint::{StoredAs, save_tensors};
 use crate::running::{is_matrix, pack_matrices};
 use crate::safetensors::{TensorData, TensorToWrite};
-use crate::{Ffn, Model, ModelConfig, ModelError, QkNorm, RunFormat, families};
+use crate::{Ffn, Model, ModelConfig, ModelError, QkNorm, RunFormat, UniformDecoder, families};
 use moebius_kernels::parallel;
 use moebius_tensor::{Param, Tensor};
 use std::ops::Range;
@@ -96,8 +96,8 @@ pub fn published(text: &str) -> Result<ModelConfig, String> {
     if let Some(surplus) = parts.next() {
         return Err(format!("wanted NAME:LAYERS:VOCABULARY, found `:{surplus}` behind it"));
     }
-    Ok(ModelConfig {
-        family: shape.family.into(),
+    let decoder = UniformDecoder {
+        family: shape.family,
         vocab_size,
         hidden: shape.hidden,
         n_layers,
@@ -106,21 +106,11 @@ pub fn published(text: &str) -> Result<ModelConfig, String> {
         head_dim: HEAD_DIM,
         max_positions: MAX_POSITIONS,
         rope_theta: shape.rope_theta,
-        rms_eps: 1e-5,
-        window: None,
-        tie_embeddings: false,
         qk_norm: shape.qk_norm,
-        qkv_bias: false,
-        ffn: Ffn::Moe {
-            n_experts: shape.experts[0],
-            top_k: shape.experts[1],
-            width: shape.width,
-            renormalise: shape.renormalise,
-        },
-        router_aux_loss_coef: 0.0,
-        bos_token: None,
-        eos_tokens: Vec::new(),
-    })
+        ffn: Ffn::moe_of(shape.experts[0], shape.experts[1], shape.width, shape.renormalise),
+        ..UniformDecoder::default()
+    };
+    Ok(decoder.config())
 }
 
 /// Numbers that one thread draws at a time.
@@ -195,6 +185,7 @@ impl<'t> RandomWeight<'t> {
     fn new(name: &str, shape: &[usize], seed: u64, table: &'t [f32]) -> Self {
         let inputs = shape.last().map_or(1.0, |&inputs| inputs as f32);
         let deviation = match name.rsplit('.').next() {
+            Some(last) if last.ends_with("bias") => Some(0.0),
             _ if shape.len() < 2 => None,
             Some("embedding") => Some(1.0),
             Some("o") => Some(0.2 / inputs.sqrt()),
@@ -265,9 +256,9 @@ mod tests {
     #[test]
     fn names_and_cuts() {
         let whole = published("qwen3-30b-a3b").unwrap();
-        assert_eq!((whole.n_layers, whole.vocab_size), (48, 151_936));
+        assert_eq!((whole.n_layers(), whole.vocab_size), (48, 151_936));
         assert_eq!(whole.validate(), Ok(()));
-        assert_eq!(published("mixtral-8x7b:4").unwrap().n_layers, 4);
+        assert_eq!(published("mixtral-8x7b:4").unwrap().n_layers(), 4);
         assert_eq!(published("olmoe-1b-7b:1:512").unwrap().vocab_size, 512);
         for (text, part) in [
             ("olmo", "found `olmo`"),
@@ -283,16 +274,16 @@ mod tests {
 
     /// Sixteen layers of a small model with many experts.
     fn small() -> ModelConfig {
-        ModelConfig {
+        UniformDecoder {
+            family: "olmoe",
             n_layers: 16,
-            hidden: 64,
-            n_heads: 4,
             n_kv_heads: 4,
-            head_dim: 16,
             vocab_size: 512,
-            ffn: Ffn::Moe { n_experts: 16, top_k: 2, width: 32, renormalise: false },
-            ..published("olmoe-1b-7b").unwrap()
+            qk_norm: QkNorm::Projection,
+            ffn: Ffn::moe_of(16, 2, 32, false),
+            ..UniformDecoder::default()
         }
+        .config()
     }
 
     #[derive(Default)]

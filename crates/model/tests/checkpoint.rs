@@ -2,31 +2,23 @@
 
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::safetensors::{SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, QkNorm, save_model};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, UniformDecoder, save_model};
 use serde_json::{Value, json};
 use std::path::Path;
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        family: "mixtral".into(),
+    let decoder = UniformDecoder {
+        family: "mixtral",
         vocab_size: 20,
         hidden: 8,
-        n_layers: 2,
         n_heads: 2,
         n_kv_heads: 1,
         head_dim: 4,
         max_positions: 32,
-        rope_theta: 1e4,
-        rms_eps: 1e-5,
-        window: None,
-        tie_embeddings: false,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
-        ffn: Ffn::Moe { n_experts: 3, top_k: 2, width: 6, renormalise: true },
-        router_aux_loss_coef: 0.01,
-        bos_token: None,
-        eos_tokens: vec![3],
-    }
+        ffn: Ffn::moe_of(3, 2, 6, true),
+        ..UniformDecoder::default()
+    };
+    ModelConfig { router_aux_loss_coef: 0.01, eos_tokens: vec![3], ..decoder.config() }
 }
 
 fn saved(stored_as: StoredAs) -> (tempfile::TempDir, Model) {

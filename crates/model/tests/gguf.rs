@@ -1,34 +1,35 @@
 //! Models through GGUF files and back.
 
 use moebius_kernels::formats::Format;
+use moebius_model::config::{Mixer, Reach};
 use moebius_model::gguf::{ExportSettings, GgufFile, write_model};
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, QkNorm};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, QkNorm, UniformDecoder};
 use std::path::{Path, PathBuf};
 
 fn config(family: &str, ffn: Ffn, tie_embeddings: bool) -> ModelConfig {
-    ModelConfig {
-        family: family.into(),
+    config_with(family, ffn, tie_embeddings, QkNorm::None, false)
+}
+
+fn config_with(family: &str, ffn: Ffn, tie_embeddings: bool, qk_norm: QkNorm, qkv_bias: bool) -> ModelConfig {
+    let decoder = UniformDecoder {
+        family,
         vocab_size: 40,
-        hidden: 64,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: 2,
         head_dim: 8,
         max_positions: 32,
         rope_theta: 12_345.0,
         rms_eps: 3e-6,
-        window: None,
         tie_embeddings,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
+        qk_norm,
+        qkv_bias,
         ffn,
-        router_aux_loss_coef: 0.0,
-        bos_token: Some(1),
-        eos_tokens: vec![2, 3],
-    }
+        ..UniformDecoder::default()
+    };
+    ModelConfig { bos_token: Some(1), eos_tokens: vec![2, 3], ..decoder.config() }
 }
 
-const MOE: Ffn = Ffn::Moe { n_experts: 3, top_k: 2, width: 32, renormalise: true };
+fn moe() -> Ffn {
+    Ffn::moe_of(3, 2, 32, true)
+}
 
 fn settings(format: Format) -> ExportSettings<'static> {
     ExportSettings { format, name: Some("tiny"), tokenizer: Some(TOKENIZER), chat_template: Some("{{ x }}") }
@@ -53,17 +54,17 @@ fn weights(model: &Model) -> Vec<(String, Vec<f32>)> {
 #[test]
 fn exact_formats_bring_a_model_back_whole() {
     let folder = tempfile::tempdir().unwrap();
-    let raw = Ffn::Moe { n_experts: 3, top_k: 2, width: 32, renormalise: false };
+    let raw = Ffn::moe_of(3, 2, 32, false);
     for (family, ffn, qk_norm, tied) in [
-        ("llama", Ffn::Dense { width: 96 }, QkNorm::None, true),
-        ("qwen2", Ffn::Dense { width: 96 }, QkNorm::None, false),
-        ("qwen3", Ffn::Dense { width: 96 }, QkNorm::Head, true),
-        ("mixtral", MOE, QkNorm::None, false),
+        ("llama", Ffn::dense(96), QkNorm::None, true),
+        ("qwen2", Ffn::dense(96), QkNorm::None, false),
+        ("qwen3", Ffn::dense(96), QkNorm::Head, true),
+        ("mixtral", moe(), QkNorm::None, false),
         ("olmoe", raw, QkNorm::Projection, false),
-        ("qwen3_moe", MOE, QkNorm::Head, false),
+        ("qwen3_moe", moe(), QkNorm::Head, false),
     ] {
         let qkv_bias = family == "qwen2";
-        let model = Model::new(&ModelConfig { qk_norm, qkv_bias, ..config(family, ffn, tied) }, 5).unwrap();
+        let model = Model::new(&config_with(family, ffn, tied, qk_norm, qkv_bias), 5).unwrap();
         let path = export(folder.path(), &model, Format::F32);
         let again = Model::load(&Checkpoint::open(&path).unwrap()).unwrap();
         assert_eq!(
@@ -92,11 +93,14 @@ fn files_of_another_hand_hold_the_same_model() {
 #[test]
 fn a_mistral_comes_back_as_what_llama_cpp_knows() {
     let folder = tempfile::tempdir().unwrap();
-    let model = Model::new(&config("mistral", Ffn::Dense { width: 64 }, false), 1).unwrap();
+    let model = Model::new(&config("mistral", Ffn::dense(64), false), 1).unwrap();
     let path = export(folder.path(), &model, Format::F16);
     assert_eq!(Checkpoint::open(&path).unwrap().config().family, "llama");
     let mut windowed = model;
-    windowed.config.window = Some(8);
+    for layer in &mut windowed.config.layers {
+        let Mixer::Attention(attention) = &mut layer.mixer;
+        attention.reach = Reach::Window(8);
+    }
     let error = write_model(&path, &windowed, &settings(Format::F16)).unwrap_err().to_string();
     assert!(error.ends_with("`sliding_window`: wanted none for the architecture llama, found 8"), "{error}");
 }
@@ -104,7 +108,7 @@ fn a_mistral_comes_back_as_what_llama_cpp_knows() {
 #[test]
 fn queries_are_interleaved_and_experts_stacked() {
     let folder = tempfile::tempdir().unwrap();
-    let model = Model::new(&config("mixtral", MOE, false), 5).unwrap();
+    let model = Model::new(&config("mixtral", moe(), false), 5).unwrap();
     let path = export(folder.path(), &model, Format::F32);
     let file = GgufFile::open(&path).unwrap();
     let read = |name: &str| {
@@ -130,7 +134,7 @@ fn queries_are_interleaved_and_experts_stacked() {
 #[test]
 fn small_formats_are_used_where_they_fit() {
     let folder = tempfile::tempdir().unwrap();
-    let model = Model::new(&config("mixtral", MOE, false), 5).unwrap();
+    let model = Model::new(&config("mixtral", moe(), false), 5).unwrap();
     let path = export(folder.path(), &model, Format::Q4_0);
     let file = GgufFile::open(&path).unwrap();
     let format = |name: &str| file.get(name).unwrap().format;
@@ -150,7 +154,7 @@ fn small_formats_are_used_where_they_fit() {
 #[test]
 fn the_vocabulary_is_written() {
     let folder = tempfile::tempdir().unwrap();
-    let model = Model::new(&config("llama", Ffn::Dense { width: 96 }, true), 5).unwrap();
+    let model = Model::new(&config("llama", Ffn::dense(96), true), 5).unwrap();
     let path = export(folder.path(), &model, Format::F32);
     let file = GgufFile::open(&path).unwrap();
     let read = file.metadata();

@@ -1,14 +1,14 @@
 //! A sound folder damaged in some place: it is refused in one line, or what is loaded is consistent. Never a panic.
 
 use moebius_model::checkpoint::StoredAs;
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError, QkNorm, save_model};
+use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, ModelError, UniformDecoder, save_model};
 use proptest::prelude::*;
 use std::sync::LazyLock;
 
 /// `config.json` and `model.safetensors` of a tiny model.
 static SOUND: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
-    let config = ModelConfig {
-        family: "mixtral".into(),
+    let decoder = UniformDecoder {
+        family: "mixtral",
         vocab_size: 5,
         hidden: 4,
         n_layers: 1,
@@ -16,17 +16,12 @@ static SOUND: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
         n_kv_heads: 1,
         head_dim: 2,
         max_positions: 8,
-        rope_theta: 1e4,
-        rms_eps: 1e-5,
         window: Some(4),
-        tie_embeddings: false,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
-        ffn: Ffn::Moe { n_experts: 2, top_k: 1, width: 2, renormalise: true },
-        router_aux_loss_coef: 0.01,
-        bos_token: Some(0),
-        eos_tokens: vec![1],
+        ffn: Ffn::moe_of(2, 1, 2, true),
+        ..UniformDecoder::default()
     };
+    let config =
+        ModelConfig { router_aux_loss_coef: 0.01, bos_token: Some(0), eos_tokens: vec![1], ..decoder.config() };
     let folder = tempfile::tempdir().unwrap();
     save_model(folder.path(), &Model::new(&config, 1).unwrap(), StoredAs::Bf16).unwrap();
     ["config.json", "model.safetensors"].map(|name| std::fs::read(folder.path().join(name)).unwrap())

@@ -2,33 +2,25 @@
 
 use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::Precision;
-use moebius_model::{Batch, Ffn, KvCache, LossSettings, Model, ModelConfig, QkNorm, Silent};
+use moebius_model::{Batch, Ffn, KvCache, LossSettings, Model, Silent, UniformDecoder};
 use moebius_tensor::{Gradients, Graph};
 
 /// More tokens than a block of any kernel, and an odd number of them.
 const TOKENS: usize = 301;
 
 fn model(window: Option<usize>) -> Model {
-    let config = ModelConfig {
-        family: "mixtral".into(),
+    let decoder = UniformDecoder {
+        family: "mixtral",
         vocab_size: 700,
         hidden: 128,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: 2,
         head_dim: 32,
         max_positions: 512,
-        rope_theta: 1e4,
-        rms_eps: 1e-5,
         window,
         tie_embeddings: window.is_some(),
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
-        ffn: Ffn::Moe { n_experts: 5, top_k: 2, width: 200, renormalise: true },
-        router_aux_loss_coef: 0.01,
-        bos_token: None,
-        eos_tokens: Vec::new(),
+        ffn: Ffn::moe_of(5, 2, 200, true),
+        ..UniformDecoder::default()
     };
+    let config = decoder.config();
     let mut model = Model::new(&config, 3).unwrap();
     // Weights as large as a trained model's: with the initial ones all experts and keys are nearly alike.
     for param in model.params_mut().into_iter().filter(|param| param.shape().len() > 1) {

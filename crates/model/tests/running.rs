@@ -8,32 +8,24 @@ use moebius_kernels::isa::{Isa, with_isa};
 use moebius_kernels::quantised::PACKED_FORMATS;
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::packed::{is_packed, save_packed};
-use moebius_model::{Batch, Checkpoint, Ffn, KvCache, Model, ModelConfig, QkNorm, RunFormat, Silent, save_model};
+use moebius_model::{
+    Batch, Checkpoint, Ffn, KvCache, Model, ModelConfig, RunFormat, Silent, UniformDecoder, save_model,
+};
 use moebius_tensor::Graph;
 use proptest::prelude::*;
 use std::path::Path;
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        family: "mixtral".into(),
+    let decoder = UniformDecoder {
+        family: "mixtral",
         vocab_size: 72,
         hidden: 256,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: 2,
         head_dim: 64,
         max_positions: 600,
-        rope_theta: 1e4,
-        rms_eps: 1e-5,
-        window: None,
-        tie_embeddings: false,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
-        ffn: Ffn::Moe { n_experts: 4, top_k: 2, width: 256, renormalise: true },
-        router_aux_loss_coef: 0.0,
-        bos_token: None,
-        eos_tokens: vec![],
-    }
+        ffn: Ffn::moe_of(4, 2, 256, true),
+        ..UniformDecoder::default()
+    };
+    decoder.config()
 }
 
 fn saved(stored_as: StoredAs) -> tempfile::TempDir {

@@ -20,6 +20,9 @@ pub enum MoeError {
         /// Experts there are.
         experts: usize,
     },
+    /// Settings of a router that contradict each other.
+    #[error("router: {0}")]
+    Settings(String),
     /// A combination that trains nothing.
     #[error(
         "top-1 routing with renormalised weights cannot be trained: the weight is always 1 and the router gets no \

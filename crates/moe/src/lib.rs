@@ -22,5 +22,5 @@ pub use error::MoeError;
 pub use experts::ExpertBank;
 pub use layer::MoeLayer;
 pub use plan::Plan;
-pub use router::{Router, Routing, TopKRouter};
+pub use router::{ExpertGroups, GroupScore, Normalise, Router, RouterSettings, Routing, Score, TopKRouter};
 pub use statistics::LoadStatistics;

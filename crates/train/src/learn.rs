@@ -2,7 +2,7 @@
 
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::parallel::with_team;
-use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig, QkNorm};
+use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig, UniformDecoder};
 use moebius_moe::{LoadStatistics, Routing};
 use moebius_tensor::{Gradients, Graph};
 
@@ -11,21 +11,47 @@ use crate::data::tokenizer::END_OF_TEXT_ID;
 use crate::metrics::LayerLoad;
 use crate::{Recipe, Result};
 
-/// Assignments of each layer's experts, summed over batches.
+/// Rows of a batch at most whose router entropy is taken: it is a figure to watch, not worth a per cent of the step.
+const ENTROPY_ROWS: usize = 512;
+
+/// What each layer's router did, summed over batches.
 #[derive(Clone, Debug, Default)]
-pub struct LoadCounts(Vec<LoadStatistics>);
+pub struct LoadCounts(Vec<LayerSum>);
+
+#[derive(Clone, Debug, Default)]
+struct LayerSum {
+    counts: LoadStatistics,
+    entropy: f64,
+    rows: usize,
+}
 
 impl LoadCounts {
     /// Adds what the routers of all sparse layers decided about one batch.
     fn add(&mut self, routing: &[Routing]) {
-        self.0.resize_with(routing.len(), LoadStatistics::default);
-        self.0.iter_mut().zip(routing).for_each(|(sum, layer)| sum.add(&layer.plan));
+        self.0.resize_with(routing.len(), LayerSum::default);
+        for (sum, layer) in self.0.iter_mut().zip(routing) {
+            sum.counts.add(&layer.plan);
+            let experts = layer.plan.n_experts().max(2);
+            let rows = layer.probabilities.data().chunks_exact(experts);
+            let stride = rows.len().div_ceil(ENTROPY_ROWS).max(1);
+            for row in rows.step_by(stride) {
+                sum.entropy += entropy(row);
+                sum.rows += 1;
+            }
+        }
     }
 
     /// The sums, layer by layer.
     pub fn statistics(&self) -> Vec<LayerLoad> {
-        self.0.iter().map(LayerLoad::from).collect()
+        let layer = |sum: &LayerSum| LayerLoad::new(&sum.counts, sum.entropy / sum.rows.max(1) as f64);
+        self.0.iter().map(layer).collect()
     }
+}
+
+/// Entropy of probabilities over its largest value.
+fn entropy(probabilities: &[f32]) -> f64 {
+    let terms = probabilities.iter().map(|&p| f64::from(p)).filter(|&p| p > 0.0);
+    terms.map(|p| -p * p.ln()).sum::<f64>() / (probabilities.len() as f64).ln()
 }
 
 /// The parts of a training loss, each with its coefficient.
@@ -52,13 +78,11 @@ impl Losses {
 pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
     let model = &recipe.model;
     let (family, ffn) = match (model.experts, model.experts_per_token) {
-        (Some(n_experts), Some(top_k)) => {
-            ("mixtral", Ffn::Moe { n_experts, top_k, width: model.ffn, renormalise: true })
-        }
-        _ => ("llama", Ffn::Dense { width: model.ffn }),
+        (Some(n_experts), Some(top_k)) => ("mixtral", Ffn::moe_of(n_experts, top_k, model.ffn, true)),
+        _ => ("llama", Ffn::dense(model.ffn)),
     };
-    ModelConfig {
-        family: family.to_owned(),
+    let decoder = UniformDecoder {
+        family,
         vocab_size,
         hidden: model.hidden,
         n_layers: model.layers,
@@ -68,14 +92,15 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
         max_positions: model.context,
         rope_theta: model.rope_theta,
         rms_eps: model.norm_epsilon,
-        window: None,
         tie_embeddings: model.tied_embeddings,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
         ffn,
+        ..UniformDecoder::default()
+    };
+    ModelConfig {
         router_aux_loss_coef: recipe.balance.load_balancing,
         bos_token: Some(END_OF_TEXT_ID),
         eos_tokens: vec![END_OF_TEXT_ID],
+        ..decoder.config()
     }
 }
 

@@ -1,7 +1,7 @@
 //! Mistral (Jiang et al. 2023): Llama with a sliding window.
 
 use super::keys::Keys;
-use super::{Family, llama, shared};
+use super::{Family, olmoe, shared};
 use crate::{Ffn, ModelConfig, ModelError};
 use serde_json::{Map, Value, json};
 
@@ -11,14 +11,14 @@ pub(super) const FAMILY: Family = Family {
     architecture: "MistralForCausalLM",
     read,
     write,
-    tensors: llama::tensors,
+    tensors: olmoe::tensors,
 };
 
 const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 4096 * 32, n_kv_heads: Some(8) };
+    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 4096 * 32, n_kv_heads: Some(8), head_dim: None };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
-    let ffn = Ffn::Dense { width: keys.size("intermediate_size")? };
+    let ffn = Ffn::dense(keys.size("intermediate_size")?);
     // Null means none; absent means what the first release had.
     let window = if keys.has("sliding_window") { keys.optional_size("sliding_window")? } else { Some(4096) };
     shared::read(keys, FAMILY.name, ffn, window, &DEFAULTS)
@@ -26,6 +26,6 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
 
 fn write(config: &ModelConfig) -> Map<String, Value> {
     let mut map = shared::write(config);
-    map.insert("sliding_window".into(), json!(config.window));
+    map.insert("sliding_window".into(), json!(shared::attention(config).reach.window()));
     map
 }

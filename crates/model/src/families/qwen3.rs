@@ -1,7 +1,7 @@
 //! Qwen3 (Qwen team 2025): Llama with each head's queries and keys normed.
 
 use super::keys::Keys;
-use super::{Family, llama, shared};
+use super::{Family, olmoe, shared};
 use crate::{Ffn, ModelConfig, ModelError, QkNorm};
 use serde_json::{Map, Value, json};
 
@@ -11,20 +11,22 @@ pub(super) const FAMILY: Family = Family {
     architecture: "Qwen3ForCausalLM",
     read,
     write,
-    tensors: llama::tensors,
+    tensors: olmoe::tensors,
 };
 
-const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 32768, n_kv_heads: Some(32) };
-/// Absent, the width of a head is not what the other sizes would make it.
-const HEAD_DIM: usize = 128;
+const DEFAULTS: shared::Defaults = shared::Defaults {
+    rope_theta: 1e4,
+    rms_eps: 1e-6,
+    max_positions: 32768,
+    n_kv_heads: Some(32),
+    head_dim: Some(128),
+};
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     keys.only("use_sliding_window", json!(false))?;
-    let ffn = Ffn::Dense { width: keys.size("intermediate_size")? };
+    let ffn = Ffn::dense(keys.size("intermediate_size")?);
     let config = shared::read(keys, FAMILY.name, ffn, None, &DEFAULTS)?;
-    let head_dim = if keys.has("head_dim") { config.head_dim } else { HEAD_DIM };
-    Ok(ModelConfig { head_dim, qk_norm: QkNorm::Head, ..config })
+    Ok(shared::with_attention(config, |attention| attention.qk_norm = QkNorm::Head))
 }
 
 fn write(config: &ModelConfig) -> Map<String, Value> {

@@ -16,7 +16,7 @@ pub(super) const FAMILY: Family = Family {
 };
 
 const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 32768, n_kv_heads: Some(4) };
+    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 32768, n_kv_heads: Some(4), head_dim: None };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     // Every layer is a mixture, and none looks through a window.
@@ -26,13 +26,14 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let ffn = shared::read_experts(keys, "moe_intermediate_size")?;
     let config = shared::read(keys, FAMILY.name, ffn, None, &DEFAULTS)?;
     let router_aux_loss_coef = keys.number("router_aux_loss_coef", 0.001)?;
-    Ok(ModelConfig { router_aux_loss_coef, qk_norm: QkNorm::Head, ..config })
+    let config = ModelConfig { router_aux_loss_coef, ..config };
+    Ok(shared::with_attention(config, |attention| attention.qk_norm = QkNorm::Head))
 }
 
 fn write(config: &ModelConfig) -> Map<String, Value> {
     let mut map = shared::write(config);
     shared::write_experts(config, &mut map);
-    map.insert("moe_intermediate_size".into(), config.ffn.width().into());
+    map.insert("moe_intermediate_size".into(), config.layers[0].ffn.width().into());
     map.insert("attention_bias".into(), json!(false));
     map.insert("decoder_sparse_step".into(), json!(1));
     map.insert("mlp_only_layers".into(), json!([]));

@@ -7,6 +7,10 @@ fn read(value: Value) -> Result<ModelConfig, String> {
     read_config(value.to_string().as_bytes(), "config.json").map_err(|error| error.to_string())
 }
 
+fn theta(config: &ModelConfig) -> f64 {
+    shared::attention(config).rope.as_ref().unwrap().theta
+}
+
 /// The keys that all families need, with others put over them.
 fn config(model_type: &str, others: Value) -> Value {
     let mut config = json!({
@@ -25,19 +29,23 @@ fn versions_4_and_5_of_transformers_say_the_same() {
         let v5 = json!({"rope_parameters": {"rope_theta": 500.5, "rope_type": "default"}, "dtype": "float32"});
         let [v4, v5] = [v4, v5].map(|keys| read(config(family, keys)).unwrap());
         assert_eq!(v4, v5);
-        assert_eq!(v4.rope_theta, 500.5);
+        assert_eq!(theta(&v4), 500.5);
     }
 }
 
 #[test]
 fn absent_keys_mean_what_transformers_takes_for_them() {
     let defaults = |family| read(config(family, json!({}))).unwrap();
-    let facts = |c: &ModelConfig| (c.rope_theta, c.rms_eps, c.n_kv_heads, c.window, c.max_positions);
+    let facts = |c: &ModelConfig| {
+        let attention = shared::attention(c);
+        (theta(c), c.norm.eps(), attention.n_kv_heads, attention.reach.window(), c.max_positions)
+    };
     assert_eq!(facts(&defaults("llama")), (1e4, 1e-6, 16, None, 2048));
     assert_eq!(facts(&defaults("mistral")), (1e4, 1e-6, 8, Some(4096), 131_072));
     assert_eq!(facts(&defaults("mixtral")), (1e6, 1e-5, 8, None, 131_072));
     let nulls = read(config("mistral", json!({"num_key_value_heads": null, "sliding_window": null}))).unwrap();
-    assert_eq!((nulls.n_kv_heads, nulls.window), (16, None));
+    let attention = shared::attention(&nulls);
+    assert_eq!((attention.n_kv_heads, attention.reach.window()), (16, None));
 }
 
 #[test]
@@ -52,7 +60,7 @@ fn what_is_written_is_read_and_names_its_class() {
         let again = read(written).unwrap();
         assert_eq!(again, config);
         assert_eq!(again.router_aux_loss_coef, if family == "mixtral" { 0.0123 } else { 0.0 });
-        assert_eq!((again.rms_eps, again.window), (3e-7, Some(7)));
+        assert_eq!((again.norm.eps(), shared::attention(&again).reach.window()), (3e-7, Some(7)));
     }
     let refused = read(config("llama", others)).unwrap_err();
     assert_eq!(refused, "config.json: `sliding_window`: this family is computed for null only, found 7");

@@ -1,10 +1,11 @@
 //! A model as a GGUF file that llama.cpp runs.
 
 use super::architecture::{Architecture, KeyKind, Place, row_of_halves};
+use super::model::head_dim;
 use super::vocabulary::vocabulary_metadata;
 use super::write::{MetadataToWrite, ValueToWrite, Values, WeightToWrite, write_gguf};
 use crate::families::{self, TensorMap};
-use crate::{Ffn, Model, ModelConfig, ModelError};
+use crate::{Model, ModelConfig, ModelError};
 use moebius_kernels::formats::Format;
 use moebius_tensor::Param;
 use std::collections::BTreeMap;
@@ -36,7 +37,8 @@ pub fn write_model(path: &Path, model: &Model, settings: &ExportSettings) -> Res
         let message = format!("no GGUF architecture is known for family `{}`", config.family);
         return Err(ModelError::file(file, message));
     };
-    if let Some(window) = config.window.filter(|&window| window < config.max_positions) {
+    let windows = config.layers.iter().filter_map(|layer| layer.mixer.attention()?.reach.window());
+    if let Some(window) = windows.min().filter(|&window| window < config.max_positions) {
         let message = format!("wanted none for the architecture {}, found {window}", architecture.name);
         return Err(ModelError::config(&file, "sliding_window", message));
     }
@@ -83,7 +85,7 @@ fn model_metadata(
     all.push(("general.quantization_version".into(), ValueToWrite::U32(2)));
     let written = families::write_config(config, "float32");
     let key = |suffix: &str| format!("{}.{suffix}", architecture.name);
-    for (suffix, theirs, kind) in architecture.keys(matches!(config.ffn, Ffn::Moe { .. })) {
+    for (suffix, theirs, kind) in architecture.keys(config.moe().is_some()) {
         // A window as long as the context is none.
         if suffix == "attention.sliding_window" {
             continue;
@@ -95,8 +97,8 @@ fn model_metadata(
         };
         all.push((key(suffix), value));
     }
-    all.push(whole(key("attention.value_length"), config.head_dim));
-    all.push(whole(key("rope.dimension_count"), config.head_dim));
+    all.push(whole(key("attention.value_length"), head_dim(config)));
+    all.push(whole(key("rope.dimension_count"), head_dim(config)));
     all.push(whole(key("vocab_size"), config.vocab_size));
     all
 }
@@ -131,7 +133,7 @@ fn weights<'m>(
         }
         stacks[index].parts.push((map, data));
     }
-    let (head_dim, tied) = (model.config.head_dim, model.config.tie_embeddings);
+    let (head_dim, tied) = (head_dim(&model.config), model.config.tie_embeddings);
     Ok(stacks.into_iter().map(|stack| weight(stack, head_dim, tied, format)).collect())
 }
 

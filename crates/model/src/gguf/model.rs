@@ -52,9 +52,10 @@ impl<'a> GgufModel<'a> {
             let message = format!("wanted single numbers, to be reordered; found {}", format.name());
             return Err(ModelError::tensor(tensor.file, tensor.name, message));
         };
+        let head_dim = head_dim(config);
         let mut reordered = vec![0; bytes.len()];
         for (row, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
-            let to = row_of_halves(row, config.head_dim) * row_bytes;
+            let to = row_of_halves(row, head_dim) * row_bytes;
             reordered[to..to + row_bytes].copy_from_slice(bytes);
         }
         Ok(Stored { format, bytes: Cow::Owned(reordered) })
@@ -94,4 +95,9 @@ impl<'a> GgufModel<'a> {
             }
         }
     }
+}
+
+/// The width of a head of the architectures here.
+pub(super) fn head_dim(config: &ModelConfig) -> usize {
+    config.attention().map_or(1, |attention| attention.head_dim)
 }

@@ -100,28 +100,20 @@ fn random_model(shape: &str, format: RunFormat) -> anyhow::Result<Model> {
     if let Some(available) = memory::available() {
         check_memory(shape, &config, format, available)?;
     }
-    output::note(&format!("{shape}: drawing {} weights", output::count(count_weights(&config, config.n_layers))));
+    let weights = config.count_weights_of(config.n_layers()) as usize;
+    output::note(&format!("{shape}: drawing {} weights", output::count(weights)));
     Ok(Model::random_for_speed(&config, SEED, format)?)
-}
-
-/// Weights of the matrices of a shape cut to some layers.
-fn count_weights(config: &ModelConfig, n_layers: usize) -> usize {
-    let heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim;
-    let ffn = match config.ffn {
-        moebius_model::Ffn::Dense { width } => 3 * width,
-        moebius_model::Ffn::Moe { n_experts, width, .. } => n_experts * (3 * width + 1),
-    };
-    config.hidden * (2 * config.vocab_size + n_layers * (heads + ffn))
 }
 
 /// An error that says what would fit.
 fn check_memory(shape: &str, config: &ModelConfig, format: RunFormat, available: u64) -> anyhow::Result<()> {
-    let needed = |layers| (count_weights(config, layers) as f64 * format.bits() / 8.0) as u64;
-    if needed(config.n_layers) <= available {
+    let needed = |layers| (config.count_weights_of(layers) as f64 * format.bits() / 8.0) as u64;
+    let n_layers = config.n_layers();
+    if needed(n_layers) <= available {
         return Ok(());
     }
     let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-    let fitting = (1..config.n_layers).rev().find(|&layers| needed(layers) <= available);
+    let fitting = (1..n_layers).rev().find(|&layers| needed(layers) <= available);
     let name = shape.split(':').next().unwrap_or(shape);
     let advice = match fitting {
         Some(layers) => format!("{name}:{layers} would fit"),
@@ -129,7 +121,7 @@ fn check_memory(shape: &str, config: &ModelConfig, format: RunFormat, available:
     };
     bail!(
         "--random-weights {shape}: needs {:.1} GB of memory, {:.1} GB are available: {advice}",
-        gigabytes(needed(config.n_layers)),
+        gigabytes(needed(n_layers)),
         gigabytes(available)
     )
 }
@@ -154,7 +146,10 @@ mod tests {
         let config = ModelConfig { vocab_size: 64, ..shapes::published("olmoe-1b-7b:1").unwrap() };
         // OLMoE-1B-7B: 6.92 billion in all.
         let whole = shapes::published("olmoe-1b-7b").unwrap();
-        assert!((6.90e9..6.93e9).contains(&(count_weights(&whole, 16) as f64)));
-        assert_eq!(count_weights(&config, 1) - count_weights(&config, 0), 2048 * (2 * 32 * 128 + 64 * (3 * 1024 + 1)));
+        assert!((6.90e9..6.93e9).contains(&(whole.count_weights_of(16) as f64)));
+        assert_eq!(
+            config.count_weights_of(1) as usize - config.count_weights_of(0) as usize,
+            2048 * (2 * 32 * 128 + 64 * (3 * 1024 + 1))
+        );
     }
 }

@@ -133,7 +133,7 @@ impl Report<'_> {
         let value = json!({
             "model": self.name,
             "family": config.family,
-            "layers": config.n_layers,
+            "layers": config.n_layers(),
             "parameters": parameters.total,
             "active_parameters": parameters.active,
             "dtype": self.dtype(),

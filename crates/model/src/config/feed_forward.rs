@@ -1,0 +1,68 @@
+//! The feed-forward part of a layer.
+
+use moebius_moe::RouterSettings;
+
+/// The feed-forward part of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Ffn {
+    /// One network.
+    Dense(DenseFfn),
+    /// Several, of which a router chooses a few for each token.
+    Moe(MoeFfn),
+}
+
+/// One SwiGLU network.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DenseFfn {
+    /// Its inner width.
+    pub width: usize,
+}
+
+/// Networks behind a router.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MoeFfn {
+    /// Networks there are.
+    pub n_experts: usize,
+    /// Inner width of each.
+    pub width: usize,
+    /// How experts are chosen and weighed.
+    pub router: RouterSettings,
+    /// What every token passes besides.
+    pub shared: Option<SharedExperts>,
+}
+
+/// A network beside the chosen experts that every token passes; published models count it as several experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SharedExperts {
+    /// Its inner width, all shared experts together.
+    pub width: usize,
+    /// Whether its answer is multiplied with the logistic function of a score of the token (Qwen2-MoE).
+    pub gated: bool,
+}
+
+impl Ffn {
+    /// One SwiGLU network.
+    pub fn dense(width: usize) -> Self {
+        Self::Dense(DenseFfn { width })
+    }
+
+    /// SwiGLU experts behind a softmax router.
+    pub fn moe_of(n_experts: usize, top_k: usize, width: usize, renormalise: bool) -> Self {
+        Self::Moe(MoeFfn { n_experts, width, router: RouterSettings::softmax(top_k, renormalise), shared: None })
+    }
+
+    /// The experts, if it has some.
+    pub fn moe(&self) -> Option<&MoeFfn> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Moe(moe) => Some(moe),
+        }
+    }
+
+    /// The inner width of one network.
+    pub fn width(&self) -> usize {
+        match self {
+            Self::Dense(DenseFfn { width }) | Self::Moe(MoeFfn { width, .. }) => *width,
+        }
+    }
+}
