@@ -18,7 +18,8 @@ struct Batch {
 impl Batch {
     fn new([kv, group, head_dim]: [usize; 3], window: Option<usize>, lengths: &[usize]) -> Self {
         let scale = 2.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { n_heads: kv * group, n_kv_heads: kv, head_dim, scale, window };
+        let (n_heads, n_kv_heads) = (kv * group, kv);
+        let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale, window, bidirectional: false };
         let mut starts = vec![0];
         lengths.iter().for_each(|length| starts.push(starts[starts.len() - 1] + length));
         let tokens = starts[starts.len() - 1];
@@ -64,9 +65,13 @@ impl Batch {
 
 /// One suite for every shape: against the definition, on every instruction set, with 1, 2 and 3 threads.
 fn check(heads: [usize; 3], window: Option<usize>, lengths: &[usize]) {
-    let reference = Batch::new(heads, window, lengths).reference();
+    check_batch(&|| Batch::new(heads, window, lengths));
+}
+
+fn check_batch(new: &(dyn Fn() -> Batch + Sync)) {
+    let reference = new().reference();
     let reference_gradients = reference.backward(None);
-    let portable = Batch::new(heads, window, lengths).forward(Isa::Portable);
+    let portable = new().forward(Isa::Portable);
     let gradients = portable.backward(Some(Isa::Portable));
     assert_close("out", &portable.out, &reference.out, 2e-6);
     assert_close("lse", &portable.lse, &reference.lse, 2e-6);
@@ -77,7 +82,7 @@ fn check(heads: [usize; 3], window: Option<usize>, lengths: &[usize]) {
         for threads in [1, 2, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
-                let batch = Batch::new(heads, window, lengths).forward(isa);
+                let batch = new().forward(isa);
                 assert_eq!(bits(&batch.out), bits(&portable.out), "{isa:?}, {threads} threads");
                 assert_eq!(bits(&batch.lse), bits(&portable.lse), "{isa:?}, {threads} threads");
                 for (found, wanted) in batch.backward(Some(isa)).iter().zip(&gradients) {
@@ -110,6 +115,20 @@ fn windows() {
     for window in [1, 7, 63, 64, 65, 100, 1000] {
         check([1, 2, 32], Some(window), &[150, 2, 64]);
     }
+}
+
+#[test]
+fn both_ways() {
+    let check = |heads: [usize; 3], lengths: &[usize]| {
+        check_batch(&|| {
+            let mut batch = Batch::new(heads, None, lengths);
+            batch.shape.bidirectional = true;
+            batch
+        });
+    };
+    check([2, 1, 32], &[50, 50, 49]);
+    check([2, 2, 16], &[1, 63, 64, 65, 0, 3, 129, 200]);
+    check([1, 3, 20], &[100, 300]);
 }
 
 #[test]
