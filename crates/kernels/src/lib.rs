@@ -3,8 +3,10 @@
 pub mod activation;
 pub mod attention;
 pub mod formats;
+pub mod gates;
 pub mod gemm;
 pub mod isa;
+pub mod layer_norm;
 pub mod loss;
 pub mod machine;
 pub mod memory;

@@ -1,8 +1,8 @@
 //! [`KvCache`]: what a model remembers of what a sequence has read, layer by layer.
 
 use crate::ModelConfig;
-use crate::config::{AttentionConfig, Mixer};
-use moebius_kernels::attention::{CacheFormat, LayerCache};
+use crate::config::{AttentionConfig, LatentConfig, Mixer};
+use moebius_kernels::attention::{CacheFormat, Cached, LatentCache, LayerCache};
 use moebius_kernels::gemm::Precision;
 
 /// What the layers remember of one sequence; grows with it. A clone goes its own way from there.
@@ -16,6 +16,8 @@ pub struct KvCache {
 pub(crate) enum LayerState {
     /// Keys and values of every position.
     KeysValues(LayerCache),
+    /// The latent of every position.
+    Latents(LatentCache),
 }
 
 impl LayerState {
@@ -24,6 +26,9 @@ impl LayerState {
             Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
                 Self::KeysValues(LayerCache::new(*n_kv_heads, *head_dim, format))
             }
+            Mixer::Latent(LatentConfig { kv_rank, rope_dim, .. }) => {
+                Self::Latents(LatentCache::new(kv_rank + rope_dim, format))
+            }
         }
     }
 
@@ -31,29 +36,38 @@ impl LayerState {
     fn len(&self) -> usize {
         match self {
             Self::KeysValues(cache) => cache.len(),
+            Self::Latents(cache) => cache.len(),
         }
     }
 
     /// The fewest positions that it can go back to, from where it is.
     fn earliest(&self) -> usize {
         match self {
-            Self::KeysValues(_) => 0,
+            Self::KeysValues(_) | Self::Latents(_) => 0,
         }
     }
 
     fn truncate(&mut self, positions: usize) {
         match self {
             Self::KeysValues(cache) => cache.truncate(positions),
+            Self::Latents(cache) => cache.truncate(positions),
         }
     }
 
-    /// The keys and values.
-    ///
-    /// # Panics
-    /// If it is of another kind: a model's mixers and states are made from one configuration.
-    pub(crate) fn keys_values(&mut self) -> &mut LayerCache {
+    /// Adds positions: keys `[positions, key width]`, values `[positions, value width]`. Latents are keys, and their
+    /// first features the values.
+    pub(crate) fn push(&mut self, keys: &[f32], values: &[f32]) {
         match self {
-            Self::KeysValues(cache) => cache,
+            Self::KeysValues(cache) => cache.push(keys, values),
+            Self::Latents(cache) => cache.push(keys),
+        }
+    }
+
+    /// What attention reads.
+    pub(crate) fn cached(&self) -> Cached<'_> {
+        match self {
+            Self::KeysValues(cache) => Cached::KeysValues(cache),
+            Self::Latents(cache) => Cached::Latents(cache),
         }
     }
 }
@@ -109,11 +123,12 @@ impl KvCache {
 
 impl Mixer {
     /// Bytes that a cache holds for each position.
-    fn position_bytes(&self, format: CacheFormat) -> usize {
+    pub(crate) fn position_bytes(&self, format: CacheFormat) -> usize {
         match self {
             Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
                 2 * n_kv_heads * format.row_bytes(*head_dim)
             }
+            Self::Latent(LatentConfig { kv_rank, rope_dim, .. }) => LatentCache::row_bytes(kv_rank + rope_dim, format),
         }
     }
 }

@@ -4,9 +4,8 @@
 //! a pass, each multiply-add as two operations. Norms, softmax and activations are left out: they are a few
 //! operations for each number that the products make.
 
-use crate::config::{AttentionConfig, Mixer};
+use crate::config::{Mixer, Reach};
 use crate::{Batch, KvCache, Model, Observer};
-use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_moe::Routing;
 use moebius_tensor::Param;
@@ -89,6 +88,7 @@ impl Model {
                 }
                 ("head", _) if logit_rows == 0 => Cost::default(),
                 ("head", _) => product(elements, bytes, logit_rows),
+                (name, _) if name.ends_with("bias") => Cost { weight_bytes: bytes, ..Cost::default() },
                 (name, 3) if name.contains(".moe.") => {
                     let chosen = experts.layers.get(&layer_of(name)).copied().unwrap_or_default();
                     let n_experts = param.shape()[0] as u64;
@@ -111,8 +111,15 @@ impl Model {
     fn mixer_cost(&self, batch: &Batch, precision: Precision) -> Cost {
         let mut cost = Cost::default();
         for layer in &self.config.layers {
+            let position_bytes = layer.mixer.position_bytes(KvCache::format_for(precision));
             cost += match &layer.mixer {
-                Mixer::Attention(attention) => attention_cost(attention, batch, KvCache::format_for(precision)),
+                Mixer::Attention(config) => {
+                    attention_cost(2 * config.n_heads * config.head_dim, position_bytes, config.reach, batch)
+                }
+                Mixer::Latent(config) => {
+                    let a_pair = config.n_heads * (2 * config.kv_rank + config.rope_dim);
+                    attention_cost(a_pair, position_bytes, Reach::All, batch)
+                }
             };
         }
         cost
@@ -124,11 +131,18 @@ impl Model {
     }
 }
 
-/// What one layer's attention reads of keys and values held in `format`, and computes on them.
-fn attention_cost(config: &AttentionConfig, batch: &Batch, format: CacheFormat) -> Cost {
-    let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
-    let window = config.reach.window().unwrap_or(usize::MAX);
-    let seen = |position: u32| (position as usize + 1).min(window) as u64;
+/// What one layer's attention reads and computes, of numbers that meet for each pair of positions (by key, by value,
+/// all heads) and bytes that the cache holds for each position.
+fn attention_cost(a_pair: usize, position_bytes: usize, reach: Reach, batch: &Batch) -> Cost {
+    let seen = |position: u32| {
+        let all = position as usize + 1;
+        let seen = match reach {
+            Reach::All => all,
+            Reach::Window(window) => all.min(window),
+            Reach::Chunk(chunk) => position as usize % chunk + 1,
+        };
+        seen as u64
+    };
     let (mut read, mut pairs) = (0, 0);
     for bounds in batch.starts.windows(2) {
         let positions = &batch.positions[bounds[0]..bounds[1]];
@@ -136,8 +150,7 @@ fn attention_cost(config: &AttentionConfig, batch: &Batch, format: CacheFormat) 
         read += u64::from(last) + 1 - (u64::from(first) + 1 - seen(first));
         pairs += positions.iter().map(|&position| seen(position)).sum::<u64>();
     }
-    let (a_pair, a_position) = (4 * (n_heads * head_dim) as u64, 2 * (n_kv_heads * format.row_bytes(head_dim)) as u64);
-    Cost { weight_bytes: 0, cache_bytes: read * a_position, operations: pairs * a_pair }
+    Cost { weight_bytes: 0, cache_bytes: read * position_bytes as u64, operations: 2 * pairs * a_pair as u64 }
 }
 
 fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
@@ -147,7 +160,7 @@ fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
 /// The bytes of a weight in the form that the forward pass reads. A form of weights that is not packed at its first use
 /// answers here.
 fn held_bytes(param: &Param, precision: Precision) -> u64 {
-    if param.is_frozen() || param.shape().len() < 2 {
+    if param.is_frozen() || param.shape().len() < 2 || param.name().ends_with("bias") {
         return param.bytes() as u64;
     }
     // The router computes in f32, whatever the rest does.

@@ -17,6 +17,7 @@ pub struct Model {
     layers: Vec<Layer>,
     final_norm: StreamNorm,
     head: Option<Param>,
+    head_bias: Option<Param>,
 }
 
 /// How many weights a model has.
@@ -77,7 +78,8 @@ impl Model {
         let layers = layers.collect::<Result<Vec<Layer>, ModelError>>()?;
         let final_norm = StreamNorm::build(config.norm, "final_norm", hidden, &mut weights)?;
         let head = weights.get_if(!config.tie_embeddings, "head", &[vocab, hidden])?;
-        Ok(Self { config: config.clone(), embedding, layers, final_norm, head })
+        let head_bias = weights.get_if(config.head_bias, "head_bias", &[vocab])?;
+        Ok(Self { config: config.clone(), embedding, layers, final_norm, head, head_bias })
     }
 
     /// All weights; a weight's id is its place here.
@@ -85,7 +87,7 @@ impl Model {
         let mut all = vec![&self.embedding];
         all.extend(self.layers.iter().flat_map(Layer::params));
         all.extend(self.final_norm.params());
-        all.extend(&self.head);
+        all.extend(self.head.iter().chain(&self.head_bias));
         all
     }
 
@@ -94,7 +96,7 @@ impl Model {
         let mut all = vec![&mut self.embedding];
         all.extend(self.layers.iter_mut().flat_map(Layer::params_mut));
         all.extend(self.final_norm.params_mut());
-        all.extend(&mut self.head);
+        all.extend(self.head.iter_mut().chain(&mut self.head_bias));
         all
     }
 
@@ -196,6 +198,11 @@ impl Model {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// The bias of the logits.
+    pub(crate) fn head_bias(&self) -> Option<&Param> {
+        self.head_bias.as_ref()
+    }
+
     /// What the output projection reads of hidden states after the final norm: they are scaled instead of the logits,
     /// which are many more.
     pub(crate) fn head_input<'p>(&self, g: &Graph<'p>, hidden: &Var) -> Var {
@@ -208,6 +215,10 @@ impl Model {
     /// # Panics
     /// If `hidden` has another width.
     pub fn logits<'p>(&'p self, g: &Graph<'p>, hidden: &Var) -> Var {
-        ops::linear(g, &self.head_input(g, hidden), self.head()).expect("hidden states of this model")
+        let logits = ops::linear(g, &self.head_input(g, hidden), self.head()).expect("hidden states of this model");
+        match &self.head_bias {
+            None => logits,
+            Some(bias) => ops::add_bias(g, &logits, bias).expect("a bias for each token of the vocabulary"),
+        }
     }
 }

@@ -1,7 +1,7 @@
-//! The feed-forward part of a layer: one SwiGLU network, or a mixture of them.
+//! The feed-forward part of a layer: one gated network, or a mixture of them.
 
 use crate::ModelError;
-use crate::config::{Ffn, MoeFfn, SharedExperts};
+use crate::config::{Ffn, Gate, MoeFfn, SharedExperts};
 use crate::weights::Weights;
 use moebius_moe::{ExpertBank, MoeLayer, Routing, TopKRouter};
 use moebius_tensor::{Graph, Param, Var, ops};
@@ -14,13 +14,14 @@ pub(crate) enum FeedForward {
     Moe(Mixture),
 }
 
-/// down · (silu(gate · x) * (up · x)).
+/// down · act(gate · x, up · x).
 #[derive(Debug)]
 pub(crate) struct Network {
     /// `[2 * width, hidden]`, the gate's rows first.
     gate_up: Param,
     /// `[hidden, width]`.
     down: Param,
+    gate: Gate,
 }
 
 /// Experts behind a router, and what every token passes besides.
@@ -42,9 +43,9 @@ struct Shared {
 impl FeedForward {
     pub(crate) fn build(config: &Ffn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
         match config {
-            Ffn::Dense(dense) => {
-                weights.within("mlp.", |weights| Network::build(dense.width, hidden, weights)).map(Self::Dense)
-            }
+            Ffn::Dense(dense) => weights
+                .within("mlp.", |weights| Network::build(dense.width, dense.gate, hidden, weights))
+                .map(Self::Dense),
             Ffn::Moe(moe) => weights.within("moe.", |weights| Mixture::build(moe, hidden, weights)).map(Self::Moe),
         }
     }
@@ -77,15 +78,13 @@ impl FeedForward {
 }
 
 impl Network {
-    fn build(width: usize, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
-        Ok(Self {
-            gate_up: weights.get("gate_up", &[2 * width, hidden])?,
-            down: weights.get("down", &[hidden, width])?,
-        })
+    fn build(width: usize, gate: Gate, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        let gate_up = weights.get("gate_up", &[2 * width, hidden])?;
+        Ok(Self { gate_up, down: weights.get("down", &[hidden, width])?, gate })
     }
 
     fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Var, ModelError> {
-        let inner = ops::swiglu(g, &ops::linear(g, x, &self.gate_up)?)?;
+        let inner = ops::gated(g, &ops::linear(g, x, &self.gate_up)?, self.gate)?;
         Ok(ops::linear(g, &inner, &self.down)?)
     }
 
@@ -100,19 +99,25 @@ impl Network {
 
 impl Mixture {
     fn build(config: &MoeFfn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
-        let MoeFfn { n_experts, width, router, shared } = *config;
+        let MoeFfn { n_experts, width, gate, bias, router, shared } = *config;
         let score = weights.get("router", &[n_experts, hidden])?;
         let biases = [
             weights.get_if(router.logit_bias, "router_bias", &[n_experts])?,
             weights.get_if(router.selection_bias, "selection_bias", &[n_experts])?,
         ];
-        let experts = ExpertBank::new(
+        let mut experts = ExpertBank::new(
             weights.get("gate_up", &[n_experts, 2 * width, hidden])?,
             weights.get("down", &[n_experts, hidden, width])?,
-        )?;
+        )?
+        .with_gate(gate)
+        .weighing_input(router.weighs_input);
+        if bias {
+            let gate_up_bias = weights.get("gate_up_bias", &[n_experts, 2, width])?;
+            experts = experts.with_biases(gate_up_bias, weights.get("down_bias", &[n_experts, hidden])?)?;
+        }
         let build_shared = |weights: &mut Weights<'_, '_>, shared: SharedExperts| {
             weights.within("shared.", |weights| {
-                let network = Network::build(shared.width, hidden, weights)?;
+                let network = Network::build(shared.width, gate, hidden, weights)?;
                 Ok(Shared { network, gate: weights.get_if(shared.gated, "gate", &[1, hidden])? })
             })
         };

@@ -71,7 +71,8 @@ impl Model {
         }
         let mut collected = Collected::default();
         let hidden = self.forward_with(g, batch, None, &mut collected, settings.recompute && g.is_recording())?;
-        let cross_entropy = ops::linear_cross_entropy(g, &self.head_input(g, &hidden), self.head(), targets)?;
+        let cross_entropy =
+            ops::linear_cross_entropy_biased(g, &self.head_input(g, &hidden), self.head(), self.head_bias(), targets)?;
         let routing = collected.0;
         let layers: Vec<&Routing> = routing.iter().collect();
         let (balance, z) = (mean_balance(g, &layers), z_loss(g, &layers));

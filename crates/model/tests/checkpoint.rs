@@ -102,7 +102,7 @@ fn broken_weights_are_named() {
     let named = moebius_model::named_tensors(&model, |param| Some(param.value().data()));
     let write = |change: &dyn Fn(&mut Vec<TensorToWrite>)| {
         let mut tensors =
-            named.iter().map(|t| TensorToWrite::f32(t.name.clone(), &t.shape, t.data)).collect::<Vec<_>>();
+            named.iter().map(|t| TensorToWrite::f32(t.name.clone(), &t.shape, &t.data)).collect::<Vec<_>>();
         change(&mut tensors);
         write_safetensors(&path, &tensors).unwrap();
         load_error(folder.path())
@@ -129,7 +129,7 @@ fn a_tied_head_may_be_stored_again_if_it_is_the_same() {
     let mut head = named[0].data.to_vec();
     let write = |head: &[f32]| {
         let mut tensors =
-            named.iter().map(|t| TensorToWrite::f32(t.name.clone(), &t.shape, t.data)).collect::<Vec<_>>();
+            named.iter().map(|t| TensorToWrite::f32(t.name.clone(), &t.shape, &t.data)).collect::<Vec<_>>();
         tensors.push(TensorToWrite::f32("lm_head.weight", &[20, 8], head));
         write_safetensors(&folder.path().join("model.safetensors"), &tensors).unwrap();
     };

@@ -7,9 +7,10 @@ mod position;
 mod uniform;
 mod validate;
 
-pub use attention::{AttentionConfig, Mixer, QkNorm, Reach};
+pub use attention::{AttentionConfig, LatentConfig, Mixer, QkNorm, Reach, Temperature};
 pub use feed_forward::{DenseFfn, Ffn, MoeFfn, SharedExperts};
-pub use position::{Rope, RopePairs, RopeScaling};
+pub use moebius_kernels::gates::Gate;
+pub use position::{Rope, RopePairs, RopeScaling, Yarn};
 pub use uniform::UniformDecoder;
 pub(crate) use validate::check_layer_count;
 
@@ -34,6 +35,8 @@ pub struct ModelConfig {
     pub scales: Scales,
     /// Whether the output projection is the embedding.
     pub tie_embeddings: bool,
+    /// Whether the logits have a bias.
+    pub head_bias: bool,
     /// Weight of the load-balancing loss in training.
     pub router_aux_loss_coef: f64,
     /// The token that begins a text, if any.
@@ -59,13 +62,20 @@ pub enum Norm {
         /// Added to the mean square.
         eps: f64,
     },
+    /// The mean taken away, divided by the root of the variance, times a weight, plus a bias if it has one.
+    Layer {
+        /// Added to the variance.
+        eps: f64,
+        /// Whether it has a bias.
+        bias: bool,
+    },
 }
 
 impl Norm {
     /// What is added to the mean square, or the variance.
     pub fn eps(self) -> f64 {
         match self {
-            Self::Rms { eps } => eps,
+            Self::Rms { eps } | Self::Layer { eps, .. } => eps,
         }
     }
 }

@@ -71,6 +71,11 @@ impl UniformDecoder<'_> {
             scale: (self.head_dim as f64).powf(-0.5),
             qk_norm: self.qk_norm,
             qkv_bias: self.qkv_bias,
+            o_bias: false,
+            clip: None,
+            sinks: false,
+            soft_cap: None,
+            temperature: None,
         };
         let layer = LayerConfig { mixer: Mixer::Attention(attention), ffn: self.ffn };
         ModelConfig {
@@ -83,6 +88,7 @@ impl UniformDecoder<'_> {
             norm_place: NormPlace::Before,
             scales: Scales::default(),
             tie_embeddings: self.tie_embeddings,
+            head_bias: false,
             router_aux_loss_coef: 0.0,
             bos_token: None,
             eos_tokens: Vec::new(),

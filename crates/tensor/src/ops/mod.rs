@@ -6,21 +6,23 @@ mod bias;
 mod cross_entropy;
 mod embedding;
 mod gate;
+mod heads;
 mod linear;
 mod norm;
 mod rope;
 mod swiglu;
 
-pub use arithmetic::{add, mean, scale, sum, weighted_sum};
-pub use attention::attention;
+pub use arithmetic::{add, clamp, mean, scale, scale_rows_by, sum, weighted_sum};
+pub use attention::{attention, attention_with_sinks};
 pub use bias::add_bias;
-pub use cross_entropy::{cross_entropy, linear_cross_entropy};
+pub use cross_entropy::{cross_entropy, linear_cross_entropy, linear_cross_entropy_biased};
 pub use embedding::embedding;
 pub use gate::{scale_rows, sigmoid};
+pub use heads::{join_heads, linear_by_head};
 pub use linear::{linear, linear_f32};
-pub use norm::rms_norm;
+pub use norm::{layer_norm, rms_norm, unit_rms_norm};
 pub use rope::rope;
-pub use swiglu::swiglu;
+pub use swiglu::{gated, swiglu};
 
 use crate::{Tensor, TensorError, Var};
 

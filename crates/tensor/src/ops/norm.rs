@@ -1,8 +1,8 @@
-//! RMSNorm (Zhang and Sennrich 2019).
+//! RMSNorm (Zhang and Sennrich 2019) and layer normalisation (Ba et al. 2016).
 
 use crate::{Graph, Param, Tensor, TensorError, Var};
 use moebius_kernels::memory::Buffer;
-use moebius_kernels::norm;
+use moebius_kernels::{layer_norm, norm};
 
 /// x / sqrt(mean(x²) + eps) * weight, row by row; rows longer than the weight are normed in parts of its length, as
 /// heads are.
@@ -36,6 +36,45 @@ pub fn rms_norm<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param, eps: f32) -> Resu
     }))
 }
 
+/// As [`rms_norm`] in parts of `part` features, without a weight.
+///
+/// # Shapes
+/// x `[tokens, parts * part]`, result as x.
+pub fn unit_rms_norm<'p>(g: &Graph<'p>, x: &Var, part: usize, eps: f32) -> Result<Var, TensorError> {
+    let [tokens, width] = x.dims()?;
+    if !width.is_multiple_of(part.max(1)) {
+        let (wanted, found) = (vec![tokens, part], x.shape().to_vec());
+        return Err(TensorError::Shape { what: "unit_rms_norm input", wanted, found });
+    }
+    let (ones, rows) = (vec![1.0; part], tokens * width / part.max(1));
+    let (mut y, mut inv_rms) = (Buffer::scratch(rows * part), Buffer::scratch(rows));
+    norm::rms_norm(x.data(), &ones, eps, &mut y, &mut inv_rms);
+    let input = x.clone();
+    Ok(g.record_from(&[x], Tensor::new(x.shape(), y), move |dy, back| {
+        let Some(dx) = back.sum_of(&input) else { return };
+        norm::rms_norm_backward(&dy, input.data(), &ones, &inv_rms, dx, &mut vec![0.0; part]);
+    }))
+}
+
+/// (x − mean) / sqrt(variance + eps) * weight, row by row (Ba et al. 2016).
+///
+/// # Shapes
+/// x and result `[tokens, hidden]`, weight `[hidden]`.
+pub fn layer_norm<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param, eps: f32) -> Result<Var, TensorError> {
+    let [hidden] = weight.dims()?;
+    let rows = super::rows_of("layer_norm input", x, hidden)?;
+    let (mut y, mut moments) = (Buffer::scratch(rows * hidden), Buffer::scratch(2 * rows));
+    layer_norm::layer_norm(x.data(), weight.value().data(), eps, &mut y, &mut moments);
+    let input = x.clone();
+    Ok(g.record(Tensor::new(x.shape(), y), move |dy, back| {
+        let (mut dx, mut dweight) = (Buffer::zeroed(rows * hidden), Buffer::zeroed(hidden));
+        let weights = weight.value().data();
+        layer_norm::layer_norm_backward(&dy, input.data(), weights, &moments, &mut dx, &mut dweight);
+        back.give(&input, dx);
+        moebius_kernels::select::add_assign(back.weight_sum(weight), &dweight);
+    }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,6 +88,13 @@ mod tests {
         // Three heads of two.
         check_gradients_with_params(&[random(&[4, 6], 1)], &[random(&[2], 2)], |g, x, w| {
             rms_norm(g, &x[0], &w[0], 1e-5).unwrap()
+        });
+    }
+
+    #[test]
+    fn gradients_of_the_others_match_finite_differences() {
+        check_gradients_with_params(&[random(&[4, 6], 1)], &[random(&[6], 2)], |g, x, w| {
+            layer_norm(g, &unit_rms_norm(g, &x[0], 3, 1e-5).unwrap(), &w[0], 1e-5).unwrap()
         });
     }
 
