@@ -180,7 +180,7 @@ impl<'a> Checkpoint<'a> {
                 bytes.push(scales.bytes[block]);
                 let pairs = &blocks.bytes[block * 16..(block + 1) * 16];
                 // Theirs: neighbours in a byte. Ours: number i and number i + 16.
-                let number = |i: usize| if i % 2 == 0 { pairs[i / 2] & 15 } else { pairs[i / 2] >> 4 };
+                let number = |i: usize| if i.is_multiple_of(2) { pairs[i / 2] & 15 } else { pairs[i / 2] >> 4 };
                 bytes.extend((0..16).map(|i| number(i) | number(i + 16) << 4));
             }
         }

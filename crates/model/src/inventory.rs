@@ -68,12 +68,15 @@ impl ModelConfig {
         let mut sum = Inventory { embedding: table, head: head + head_bias, ..Inventory::default() };
         // Most layers are as one before.
         let mut known: Vec<(&LayerConfig, Inventory)> = Vec::new();
-        for layer in &self.layers {
-            let counted = match known.iter().find(|(other, _)| *other == layer) {
+        for (index, layer) in self.layers.iter().enumerate() {
+            let is_plain = self.depths.is_none_or(|depths| !depths.applies(index));
+            let counted = match known.iter().find(|(other, _)| is_plain && *other == layer) {
                 Some((_, counted)) => *counted,
                 None => {
-                    let counted = self.layer_inventory(layer)?;
-                    known.push((layer, counted));
+                    let counted = self.layer_inventory(index, layer)?;
+                    if is_plain {
+                        known.push((layer, counted));
+                    }
                     counted
                 }
             };
@@ -91,7 +94,7 @@ impl ModelConfig {
         }
     }
 
-    fn layer_inventory(&self, layer: &LayerConfig) -> Result<Inventory, ModelError> {
+    fn layer_inventory(&self, index: usize, layer: &LayerConfig) -> Result<Inventory, ModelError> {
         let mut sum = Inventory::default();
         let mut count = |_: usize, name: &str, shape: &[usize]| {
             let elements = shape.iter().map(|&n| n as u64).product::<u64>();
@@ -110,7 +113,7 @@ impl ModelConfig {
             // Of the shape, nothing is needed but that it is one.
             Ok(Param::shaped(name, shape))
         };
-        Layer::build(self, layer, &mut Weights::new(&mut count))?;
+        Layer::build(self, index, layer, &mut Weights::new(&mut count))?;
         Ok(sum)
     }
 

@@ -22,6 +22,7 @@ mod inventory;
 mod latent;
 mod layer;
 mod loss;
+mod methods;
 mod mixer;
 mod norm;
 mod observer;
@@ -30,6 +31,7 @@ mod position;
 mod running;
 pub mod safetensors;
 pub mod shapes;
+pub mod vision;
 mod weights;
 
 pub use batch::Batch;

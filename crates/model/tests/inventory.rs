@@ -52,9 +52,8 @@ fn published_models_have_the_parameters_that_their_makers_count() {
         grouped("qwen2_moe", sizes, 151_936, with(experts("num_experts", e[0], e[1], e[2]), more))
     };
     let qwen3 = |sizes, width| grouped("qwen3_moe", sizes, 151_936, experts("num_experts", 128, 8, width));
-    let gpt = |layers, n| {
-        grouped("gpt_oss", [2880, layers, 64, 8, 64], 201_088, experts("num_local_experts", n, 4, 2880))
-    };
+    let gpt =
+        |layers, n| grouped("gpt_oss", [2880, layers, 64, 8, 64], 201_088, experts("num_local_experts", n, 4, 2880));
     let granite = |sizes, n| {
         let tied = json!({"tie_word_embeddings": true});
         grouped("granitemoe", sizes, 49155, with(experts("num_local_experts", n, 8, 512), tied))
@@ -82,9 +81,17 @@ fn published_models_have_the_parameters_that_their_makers_count() {
             grouped("olmoe", [2048, 16, 16, 16, 128], 50304, experts("num_experts", 64, 8, 1024)),
             [6.919, 1.282],
         ),
-        ("DeepSeek-V2", latent("deepseek_v2", [5120, 60, 128], 102_400, deep(160, 6, 1536, 2, [1, 12288])), [235.74, 21.38]),
+        (
+            "DeepSeek-V2",
+            latent("deepseek_v2", [5120, 60, 128], 102_400, deep(160, 6, 1536, 2, [1, 12288])),
+            [235.74, 21.38],
+        ),
         ("DeepSeek-V2-Lite", latent("deepseek_v2", [2048, 27, 16], 102_400, lite), [15.71, 2.66]),
-        ("DeepSeek-V3", latent("deepseek_v3", [7168, 61, 128], 129_280, deep(256, 8, 2048, 1, [3, 18432])), [671.03, 37.55]),
+        (
+            "DeepSeek-V3",
+            latent("deepseek_v3", [7168, 61, 128], 129_280, deep(256, 8, 2048, 1, [3, 18432])),
+            [671.03, 37.55],
+        ),
         ("Kimi-K2", latent("deepseek_v3", [7168, 61, 64], 163_840, deep(384, 8, 2048, 1, [1, 18432])), [1026.4, 32.86]),
         ("Llama 4 Scout", llama4(16, json!({"interleave_moe_layer_step": 1})), [107.77, 17.17]),
         ("Llama 4 Maverick", llama4(128, json!({"interleave_moe_layer_step": 2})), [400.71, 17.18]),

@@ -207,7 +207,8 @@ impl ExpertBank {
         let (dweight, beta) = back.weight(&self.gate_up);
         let x_matrix = Mat::new(&x_rows, rows, hidden);
         grouped_matmul_weight_gradient(precision, dgate_up, x_matrix, plan.offsets(), dweight, beta);
-        if !back.wants(x) && !(self.weighs_input && back.wants(weights)) {
+        let wants_input = back.wants(x) || self.weighs_input && back.wants(weights);
+        if !wants_input {
             return;
         }
         let dx_rows = &mut x_rows;

@@ -87,6 +87,8 @@ impl UniformDecoder<'_> {
             norm: Norm::Rms { eps: self.rms_eps },
             norm_place: NormPlace::Before,
             scales: Scales::default(),
+            routing: None,
+            depths: None,
             tie_embeddings: self.tie_embeddings,
             head_bias: false,
             router_aux_loss_coef: 0.0,

@@ -50,7 +50,7 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
         Some(-1) | None => config.n_layers() - 1,
         Some(_) => keys.size("moe_layer_end_index")?,
     };
-    let is_dense = |layer: usize| !(first..=last).contains(&layer) || (layer + 1) % interval != 0;
+    let is_dense = |layer: usize| !(first..=last).contains(&layer) || !(layer + 1).is_multiple_of(interval);
     let dense: Vec<bool> = (0..config.n_layers()).map(is_dense).collect();
     let config = ModelConfig {
         router_aux_loss_coef: keys.number("router_aux_loss_coef", 0.001)?,

@@ -59,6 +59,8 @@ pub(super) fn read(
         scales: Scales::default(),
         tie_embeddings: keys.flag("tie_word_embeddings", false)?,
         head_bias: false,
+        routing: None,
+        depths: None,
         router_aux_loss_coef: 0.0,
         bos_token: keys.token_ids("bos_token_id")?.first().copied(),
         eos_tokens: keys.token_ids("eos_token_id")?,

@@ -20,6 +20,7 @@ mod llama4_text;
 mod minimax_m2;
 mod mistral;
 mod mixtral;
+mod moebius;
 mod olmoe;
 mod phimoe;
 mod qwen2;
@@ -71,6 +72,7 @@ pub fn all() -> &'static [Family] {
         minimax_m2::FAMILY,
         mistral::FAMILY,
         mixtral::FAMILY,
+        moebius::FAMILY,
         olmoe::FAMILY,
         phimoe::FAMILY,
         qwen2::FAMILY,
