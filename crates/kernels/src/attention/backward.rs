@@ -203,32 +203,7 @@ impl<'a> BackwardTask<'a> {
             let rows = first..queries.end.min(first + TILE_ROWS);
             let here = (first - queries.start) * KEY_BLOCK;
             let reach = if self.shape.bidirectional { keys.len() } else { keys.len().min(rows.end - keys.start) };
-            for (left, row_stride, depth, transposed, scores) in [
-                (
-                    &working.q[at(first)..],
-                    width,
-                    shape.head_dim,
-                    &*working.keys_transposed,
-                    &mut *working.probabilities,
-                ),
-                (
-                    &working.dout[answer_at(first)..],
-                    value_width,
-                    shape.value_dim,
-                    &*working.values_transposed,
-                    &mut *working.dscores,
-                ),
-            ] {
-                simd.call(Product {
-                    rows: rows.len(),
-                    depth,
-                    a: Left { data: left, row_stride, k_stride: 1 },
-                    b: Right { data: transposed, stride: KEY_BLOCK, vectors: reach.div_ceil(LANES) },
-                    c: &mut scores[here..],
-                    c_stride: KEY_BLOCK,
-                    accumulate: false,
-                });
-            }
+            self.products(simd, working, head, &rows, here, reach);
             for row in rows.clone() {
                 let here = (row - queries.start) * KEY_BLOCK..(row - queries.start + 1) * KEY_BLOCK;
                 let kept = [self.log_sum(head, row), working.shift[head * length + row]];
@@ -269,6 +244,47 @@ impl<'a> BackwardTask<'a> {
                     accumulate: true,
                 });
             }
+        }
+    }
+
+    /// Dot products of some rows' queries with a block's keys, and of their answers' gradients with its values.
+    #[inline(always)]
+    fn products<S: Simd>(
+        &self,
+        simd: S,
+        working: &mut Working<'_>,
+        head: usize,
+        rows: &Range<usize>,
+        here: usize,
+        reach: usize,
+    ) {
+        let (shape, first) = (self.shape, head * self.rows.len() + rows.start);
+        let (width, value_width) = (padded(shape.head_dim), padded(shape.value_dim));
+        for (left, row_stride, depth, transposed, scores) in [
+            (
+                &working.q[first * width..],
+                width,
+                shape.head_dim,
+                &*working.keys_transposed,
+                &mut *working.probabilities,
+            ),
+            (
+                &working.dout[first * value_width..],
+                value_width,
+                shape.value_dim,
+                &*working.values_transposed,
+                &mut *working.dscores,
+            ),
+        ] {
+            simd.call(Product {
+                rows: rows.len(),
+                depth,
+                a: Left { data: left, row_stride, k_stride: 1 },
+                b: Right { data: transposed, stride: KEY_BLOCK, vectors: reach.div_ceil(LANES) },
+                c: &mut scores[here..],
+                c_stride: KEY_BLOCK,
+                accumulate: false,
+            });
         }
     }
 

@@ -191,11 +191,8 @@ impl ExpertTensors {
     fn tensors(self, moe: &MoeFfn, hidden: usize, theirs: &str, ours: &str) -> Vec<TensorMap> {
         let MoeFfn { n_experts, width, .. } = *moe;
         let (gate_up, down) = (format!("{ours}.gate_up"), format!("{ours}.down"));
-        let of_expert = |expert: usize| {
-            let gates = 2 * expert * width..(2 * expert + 1) * width;
-            let ups = (2 * expert + 1) * width..2 * (expert + 1) * width;
-            (gates, ups, expert * hidden..(expert + 1) * hidden)
-        };
+        let span = |first: usize, rows: usize| first * rows..(first + 1) * rows;
+        let of_expert = |expert: usize| (span(2 * expert, width), span(2 * expert + 1, width), span(expert, hidden));
         match self {
             Self::Separate([gate, up, down_name]) => (0..n_experts)
                 .flat_map(|expert| {
