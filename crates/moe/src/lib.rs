@@ -11,6 +11,8 @@
 mod balance;
 mod error;
 mod experts;
+pub mod grouped;
+mod head_bank;
 mod layer;
 mod plan;
 mod router;
@@ -20,6 +22,7 @@ mod statistics;
 pub use balance::{load_balancing_loss, z_loss};
 pub use error::MoeError;
 pub use experts::ExpertBank;
+pub use head_bank::HeadBank;
 pub use layer::MoeLayer;
 pub use plan::Plan;
 pub use router::{ExpertGroups, GroupScore, Normalise, Router, RouterSettings, Routing, Score, TopKRouter};
