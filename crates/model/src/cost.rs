@@ -4,7 +4,7 @@
 //! a pass, each multiply-add as two operations. Norms, softmax and activations are left out: they are a few
 //! operations for each number that the products make.
 
-use crate::config::{AttentionConfig, Mixer};
+use crate::config::{AttentionConfig, HeadMixture, Mixer, Reach};
 use crate::{Batch, KvCache, Model, Observer};
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_moe::Routing;
@@ -111,9 +111,13 @@ impl Model {
         let mut cost = Cost::default();
         for layer in &self.config.layers {
             cost += match &layer.mixer {
-                Mixer::Attention(attention) => {
-                    attention_cost(attention, batch, KvCache::format_for(precision).bytes() as u64)
+                Mixer::Attention(AttentionConfig { n_heads, n_kv_heads, head_dim, reach, .. }) => {
+                    attention_cost([*n_heads, *n_kv_heads, *head_dim], *reach, batch, precision)
                 }
+                Mixer::HeadMixture(HeadMixture { router, n_kv_heads, head_dim, .. }) => {
+                    attention_cost([router.top_k * n_kv_heads, *n_kv_heads, *head_dim], Reach::All, batch, precision)
+                }
+                recurrent => state_cost(recurrent.state_numbers(self.config.hidden).iter().sum(), batch),
             };
         }
         cost
@@ -125,10 +129,23 @@ impl Model {
     }
 }
 
-/// What one layer's attention reads of keys and values of `bytes` a number, and computes on them.
-fn attention_cost(config: &AttentionConfig, batch: &Batch, bytes: u64) -> Cost {
-    let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
-    let window = config.reach.window().unwrap_or(usize::MAX);
+/// What one layer reads of the states of its sequences, of so many numbers each, and computes on them: about a
+/// multiplication and an addition when it fades, when it is changed and when it is read.
+fn state_cost(numbers: usize, batch: &Batch) -> Cost {
+    let (sequences, tokens) = (batch.starts.len().saturating_sub(1), batch.tokens.len());
+    let read = sequences * numbers * size_of::<f32>();
+    Cost { weight_bytes: 0, cache_bytes: read as u64, operations: 6 * (tokens * numbers) as u64 }
+}
+
+/// What one layer's attention reads of keys and values, and computes on them.
+fn attention_cost(
+    [n_heads, n_kv_heads, head_dim]: [usize; 3],
+    reach: Reach,
+    batch: &Batch,
+    precision: Precision,
+) -> Cost {
+    let bytes = KvCache::format_for(precision).bytes() as u64;
+    let window = reach.window().unwrap_or(usize::MAX);
     let seen = |position: u32| (position as usize + 1).min(window) as u64;
     let (mut read, mut pairs) = (0, 0);
     for bounds in batch.starts.windows(2) {

@@ -75,7 +75,7 @@ impl Model {
             weights.within(&format!("layers.{index}."), |weights| Layer::build(config, layer, weights))
         });
         let layers = layers.collect::<Result<Vec<Layer>, ModelError>>()?;
-        let final_norm = StreamNorm::build(config.norm, "final_norm", hidden, &mut weights)?;
+        let final_norm = StreamNorm::build(config.last_norm.unwrap_or(config.norm), "final_norm", hidden, &mut weights)?;
         let head = weights.get_if(!config.tie_embeddings, "head", &[vocab, hidden])?;
         Ok(Self { config: config.clone(), embedding, layers, final_norm, head })
     }

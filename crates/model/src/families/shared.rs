@@ -74,8 +74,8 @@ pub(super) fn layer_count(keys: &Keys) -> Result<usize, ModelError> {
 /// Changes the attention of every layer.
 pub(super) fn with_attention(mut config: ModelConfig, change: impl Fn(&mut AttentionConfig)) -> ModelConfig {
     for layer in &mut config.layers {
-        match &mut layer.mixer {
-            Mixer::Attention(attention) => change(attention),
+        if let Mixer::Attention(attention) = &mut layer.mixer {
+            change(attention);
         }
     }
     config
