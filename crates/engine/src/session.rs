@@ -37,10 +37,28 @@ impl<'m> Session<'m> {
         &self.tokens
     }
 
-    /// Forgets all but the first `positions` tokens, so that another text may follow them.
-    pub fn rewind(&mut self, positions: usize) {
-        self.tokens.truncate(positions);
-        self.cache.truncate(self.tokens.len());
+    /// Forgets all but the first `positions` tokens, so that another text may follow them; gives how many are left. A model
+    /// whose state stands only for all that it has read forgets everything, unless nothing need be forgotten.
+    pub fn rewind(&mut self, positions: usize) -> usize {
+        let positions = positions.min(self.tokens.len());
+        self.tokens.truncate(if positions < self.cache.earliest() { 0 } else { positions });
+        self.go_back();
+        self.tokens.len()
+    }
+
+    /// Makes the cache hold tokens read and no others: those before it, or none where it cannot go back.
+    fn go_back(&mut self) {
+        let positions = self.tokens.len().min(self.cache.len());
+        if positions < self.cache.earliest() {
+            self.cache = KvCache::new(&self.model.config, KvCache::format_for(self.precision));
+        } else {
+            self.cache.truncate(positions);
+        }
+    }
+
+    /// Tokens read that the cache does not hold, because a failed pass has spoilt it: the next pass reads them again.
+    fn pending(&self) -> &[u32] {
+        &self.tokens[self.cache.len()..]
     }
 
     /// Reads tokens after those read before, and gives the logits of what may follow the last one, `[vocab]`.
@@ -84,8 +102,9 @@ impl<'m> Session<'m> {
         tokens: &[&[u32]],
         observer: &mut dyn Observer,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
-        let parts: Vec<(&[u32], usize)> =
-            tokens.iter().zip(sessions.iter()).map(|(&tokens, session)| (tokens, session.position())).collect();
+        let parts: Vec<(Vec<u32>, usize)> = (tokens.iter().zip(sessions.iter()))
+            .map(|(&tokens, session)| ([session.pending(), tokens].concat(), session.cache.len()))
+            .collect();
         let batch = Batch::continuing_together(&parts);
         let graph = Graph::inference(precision);
         let mut caches: Vec<&mut KvCache> = sessions.iter_mut().map(|session| &mut session.cache).collect();
@@ -93,7 +112,7 @@ impl<'m> Session<'m> {
             Ok(hidden) => hidden,
             Err(error) => {
                 // Lower layers may have cached what the failing one has not.
-                sessions.iter_mut().for_each(|session| session.cache.truncate(session.tokens.len()));
+                sessions.iter_mut().for_each(|session| session.go_back());
                 return Err(error.into());
             }
         };

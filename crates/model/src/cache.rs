@@ -104,7 +104,9 @@ pub(crate) fn carried<'a>(states: &'a mut Option<&mut [&mut LayerState]>, part: 
 impl KvCache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig, format: CacheFormat) -> Self {
-        Self { layers: config.layers.iter().map(|layer| LayerState::new(&layer.mixer, config.hidden, format)).collect() }
+        Self {
+            layers: config.layers.iter().map(|layer| LayerState::new(&layer.mixer, config.hidden, format)).collect(),
+        }
     }
 
     /// What goes with products in a precision: keys and values are held as exactly as they are made.

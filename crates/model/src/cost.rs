@@ -42,6 +42,8 @@ impl AddAssign for Cost {
 #[derive(Clone, Debug, Default)]
 pub struct ExpertUse {
     layers: BTreeMap<usize, LayerUse>,
+    /// Of attention heads.
+    mixers: BTreeMap<usize, LayerUse>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,9 +56,19 @@ struct LayerUse {
 
 impl Observer for ExpertUse {
     fn routing(&mut self, layer: usize, routing: &Routing) {
+        self.layers.insert(layer, LayerUse::of(routing));
+    }
+
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        self.mixers.insert(layer, LayerUse::of(routing));
+    }
+}
+
+impl LayerUse {
+    fn of(routing: &Routing) -> Self {
         let plan = &routing.plan;
         let distinct = plan.offsets().windows(2).filter(|bounds| bounds[1] > bounds[0]).count() as u64;
-        self.layers.insert(layer, LayerUse { distinct, assignments: plan.n_assignments() as u64 });
+        Self { distinct, assignments: plan.n_assignments() as u64 }
     }
 }
 
@@ -88,8 +100,9 @@ impl Model {
                 }
                 ("head", _) if logit_rows == 0 => Cost::default(),
                 ("head", _) => product(elements, bytes, logit_rows),
-                (name, 3) if name.contains(".moe.") => {
-                    let chosen = experts.layers.get(&layer_of(name)).copied().unwrap_or_default();
+                (name, 3) if name.contains(".moe.") || name.contains(".heads.") => {
+                    let layers = if name.contains(".moe.") { &experts.layers } else { &experts.mixers };
+                    let chosen = layers.get(&layer_of(name)).copied().unwrap_or_default();
                     let n_experts = param.shape()[0] as u64;
                     let operations = 2 * elements / n_experts * chosen.assignments;
                     Cost { weight_bytes: bytes / n_experts * chosen.distinct, operations, cache_bytes: 0 }
@@ -165,7 +178,9 @@ fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
 /// The bytes of a weight in the form that the forward pass reads. A form of weights that is not packed at its first use
 /// answers here.
 fn held_bytes(param: &Param, precision: Precision) -> u64 {
-    if param.is_frozen() || param.shape().len() < 2 {
+    // The small weights that carry states are read as they are.
+    let is_read_plain = |name: &str| [".taps", ".rates"].iter().any(|end| name.ends_with(end));
+    if param.is_frozen() || param.shape().len() < 2 || is_read_plain(param.name()) {
         return param.bytes() as u64;
     }
     // The router computes in f32, whatever the rest does.

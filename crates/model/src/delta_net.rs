@@ -90,12 +90,10 @@ impl DeltaMixer {
     ) -> Result<Var, ModelError> {
         let DeltaNet { key_heads, value_heads, key_dim, value_dim, .. } = self.config;
         let Projected { qkv, z, b, a } = self.projections.forward(g, x, &self.config)?;
-        let mixed =
-            ops::causal_convolution(g, &qkv, &self.taps, None, &batch.starts, &mut carried(&mut states, 0))?;
+        let mixed = ops::causal_convolution(g, &qkv, &self.taps, None, &batch.starts, &mut carried(&mut states, 0))?;
         let mixed = ops::apply(g, &mixed, Function::Silu);
         let (keys, width) = (key_heads * key_dim, self.config.mixed_width());
-        let [q, k, v] =
-            [0..keys, keys..2 * keys, 2 * keys..width].map(|part| ops::columns(g, &mixed, width, part));
+        let [q, k, v] = [0..keys, keys..2 * keys, 2 * keys..width].map(|part| ops::columns(g, &mixed, width, part));
         let decays = ops::apply(g, &ops::add_bias(g, &a, &self.dt_bias)?, Function::Softplus);
         let inputs = DeltaInputs {
             q: ops::l2_norm(g, &q?, key_dim, (key_dim as f32).powf(-0.5), LENGTH_EPS)?,

@@ -29,6 +29,8 @@ pub(crate) struct Mixture {
     /// The router of the family and its experts.
     layer: MoeLayer<TopKRouter>,
     shared: Option<Shared>,
+    /// `[hidden]`.
+    bias: Option<Param>,
 }
 
 /// The network that every token passes.
@@ -100,7 +102,7 @@ impl Network {
 
 impl Mixture {
     fn build(config: &MoeFfn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
-        let MoeFfn { n_experts, width, router, shared } = *config;
+        let MoeFfn { n_experts, width, router, shared, output_bias } = *config;
         let score = weights.get("router", &[n_experts, hidden])?;
         let biases = [
             weights.get_if(router.logit_bias, "router_bias", &[n_experts])?,
@@ -119,6 +121,7 @@ impl Mixture {
         Ok(Self {
             layer: MoeLayer { router: TopKRouter::with(score, biases, router)?, experts },
             shared: shared.map(|shared| build_shared(weights, shared)).transpose()?,
+            bias: weights.get_if(output_bias, "output_bias", &[hidden])?,
         })
     }
 
@@ -132,6 +135,9 @@ impl Mixture {
             }
             y = ops::add(g, &y, &answer)?;
         }
+        if let Some(bias) = &self.bias {
+            y = ops::add_bias(g, &y, bias)?;
+        }
         Ok((y, routing))
     }
 
@@ -141,6 +147,7 @@ impl Mixture {
             all.extend(network.params());
             all.extend(gate);
         }
+        all.extend(&self.bias);
         all
     }
 
@@ -150,6 +157,7 @@ impl Mixture {
             all.extend(network.params_mut());
             all.extend(gate);
         }
+        all.extend(&mut self.bias);
         all
     }
 }

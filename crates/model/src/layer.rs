@@ -21,6 +21,23 @@ pub(crate) struct Layer {
     residual_scale: f32,
 }
 
+/// What the routers of a layer decided.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LayerRouting {
+    pub(crate) mixer: Option<Routing>,
+    pub(crate) ffn: Option<Routing>,
+}
+
+impl LayerRouting {
+    fn each(&self) -> impl Iterator<Item = &Routing> {
+        self.mixer.iter().chain(&self.ffn)
+    }
+
+    fn each_mut(&mut self) -> impl Iterator<Item = &mut Routing> {
+        self.mixer.iter_mut().chain(&mut self.ffn)
+    }
+}
+
 /// The norms of a part: of what it reads, of what it answers.
 #[derive(Debug)]
 struct Norms {
@@ -56,13 +73,13 @@ impl Layer {
         x: &Var,
         batch: &Batch,
         states: Option<&mut [&mut LayerState]>,
-    ) -> Result<(Var, Option<Routing>), ModelError> {
+    ) -> Result<(Var, LayerRouting), ModelError> {
         let normed = self.mixer_norms.before(g, x)?;
-        let mixed = self.mixer.forward(g, &normed, batch, states)?;
+        let (mixed, mixer) = self.mixer.forward(g, &normed, batch, states)?;
         let x = self.add(g, x, &self.mixer_norms.after(g, mixed)?)?;
         let normed = self.ffn_norms.before(g, &x)?;
-        let (y, routing) = self.ffn.forward(g, &normed)?;
-        Ok((self.add(g, &x, &self.ffn_norms.after(g, y)?)?, routing))
+        let (y, ffn) = self.ffn.forward(g, &normed)?;
+        Ok((self.add(g, &x, &self.ffn_norms.after(g, y)?)?, LayerRouting { mixer, ffn }))
     }
 
     /// The residual stream and a part's answer.
@@ -79,22 +96,22 @@ impl Layer {
         g: &Graph<'p>,
         x: &Var,
         batch: &Batch,
-    ) -> Result<(Var, Option<Routing>), ModelError> {
+    ) -> Result<(Var, LayerRouting), ModelError> {
         let (batch, decided) = (batch.clone(), std::rc::Rc::new(std::cell::RefCell::new(None)));
         let slot = decided.clone();
         let outputs = g.checkpoint(x, move |g, x| {
             let (y, routing) = self.forward(g, x, &batch, None)?;
             let mut outputs = vec![y];
-            if let Some(routing) = &routing {
+            for routing in routing.each() {
                 outputs.extend([routing.logits.clone(), routing.probabilities.clone()]);
             }
             slot.borrow_mut().get_or_insert(routing);
             Ok::<_, ModelError>(outputs)
         })?;
-        let mut routing = decided.borrow_mut().take().flatten();
-        if let Some(routing) = &mut routing {
-            // Losses on the routing must flow into the recomputation.
-            (routing.logits, routing.probabilities) = (outputs[1].clone(), outputs[2].clone());
+        let mut routing: LayerRouting = decided.borrow_mut().take().unwrap_or_default();
+        // Losses on the routing must flow into the recomputation.
+        for (routing, scores) in routing.each_mut().zip(outputs[1..].chunks_exact(2)) {
+            (routing.logits, routing.probabilities) = (scores[0].clone(), scores[1].clone());
         }
         Ok((outputs[0].clone(), routing))
     }

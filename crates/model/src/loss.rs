@@ -26,7 +26,7 @@ pub struct Loss {
     pub balance: f32,
     /// The z-loss, unweighted. Zero in dense models.
     pub z: f32,
-    /// What each MoE layer's router decided.
+    /// What each router decided, bottom to top.
     pub routing: Vec<Routing>,
 }
 
@@ -46,6 +46,10 @@ struct Collected(Vec<Routing>);
 impl Observer for Collected {
     fn routing(&mut self, _: usize, routing: &Routing) {
         self.0.push(routing.clone());
+    }
+
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        self.routing(layer, routing);
     }
 }
 

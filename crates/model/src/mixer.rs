@@ -37,7 +37,11 @@ macro_rules! with_each {
 }
 
 impl TokenMixer {
-    pub(crate) fn build(config: &ModelConfig, mixer: &Mixer, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+    pub(crate) fn build(
+        config: &ModelConfig,
+        mixer: &Mixer,
+        weights: &mut Weights<'_, '_>,
+    ) -> Result<Self, ModelError> {
         Ok(match mixer {
             Mixer::Attention(attention) => Self::Attention(Attention::build(config, attention, weights)?.into()),
             Mixer::HeadMixture(mixture) => {

@@ -14,6 +14,11 @@ pub trait Observer {
     fn routing(&mut self, layer: usize, routing: &Routing) {
         let _ = (layer, routing);
     }
+
+    /// What the router of a layer's mixer decided, where attention heads are experts.
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        let _ = (layer, routing);
+    }
 }
 
 /// Looks at nothing.

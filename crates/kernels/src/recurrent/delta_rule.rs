@@ -449,6 +449,9 @@ mod tests {
     use super::*;
     use crate::testing::{bits, check, numbers};
 
+    /// Writes the last states over the first ones, and what comes out.
+    type Step<'a> = dyn Fn(&mut [&mut [f32]], &mut [f32]) + 'a;
+
     const STARTS: [usize; 4] = [0, 2, 2, 41];
 
     struct Data(DeltaShape, [Vec<f32>; 5]);
@@ -481,7 +484,7 @@ mod tests {
     fn forward_is_the_reference() {
         for shape in shapes() {
             let data = Data::new(shape);
-            let run = |of: &dyn Fn(&mut [&mut [f32]], &mut [f32])| {
+            let run = |of: &Step<'_>| {
                 let mut out = vec![0.0; data.delta().v.len()];
                 let mut states: Vec<Vec<f32>> = (0..3).map(|seed| numbers(7 + seed, shape.state_len())).collect();
                 of(&mut states.iter_mut().map(|state| &mut state[..]).collect::<Vec<_>>(), &mut out);

@@ -379,6 +379,9 @@ mod tests {
     use super::*;
     use crate::testing::{bits, check, numbers};
 
+    /// Writes the last states over the first ones, and what comes out.
+    type Step<'a> = dyn Fn(&mut [&mut [f32]], &mut [f32]) + 'a;
+
     const STARTS: [usize; 4] = [0, 2, 2, 21];
 
     struct Data([Vec<f32>; 6]);
@@ -407,7 +410,7 @@ mod tests {
     fn forward_is_the_reference() {
         for (channels, states) in [(1, 1), (17, 3), (64, 4), (130, 16)] {
             let data = Data::new(channels, states);
-            let run = |of: &dyn Fn(&mut [&mut [f32]], &mut [f32])| {
+            let run = |of: &Step<'_>| {
                 let mut y = vec![0.0; 21 * channels];
                 let mut before: Vec<Vec<f32>> = (0..3).map(|seed| numbers(7 + seed, channels * states)).collect();
                 of(&mut before.iter_mut().map(|state| &mut state[..]).collect::<Vec<_>>(), &mut y);

@@ -50,7 +50,13 @@ impl Ffn {
 
     /// SwiGLU experts behind a softmax router.
     pub fn moe_of(n_experts: usize, top_k: usize, width: usize, renormalise: bool) -> Self {
-        Self::Moe(MoeFfn { n_experts, width, router: RouterSettings::softmax(top_k, renormalise), shared: None, output_bias: false })
+        Self::Moe(MoeFfn {
+            n_experts,
+            width,
+            router: RouterSettings::softmax(top_k, renormalise),
+            shared: None,
+            output_bias: false,
+        })
     }
 
     /// The experts, if it has some.

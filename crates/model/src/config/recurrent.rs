@@ -121,8 +121,7 @@ impl ShortConvolution {
 
 impl Mamba {
     pub(super) fn validate(&self) -> Result<(), Wrong> {
-        for (key, size) in
-            [("mamba_expand", self.width), ("mamba_d_state", self.states), ("mamba_dt_rank", self.rank)]
+        for (key, size) in [("mamba_expand", self.width), ("mamba_d_state", self.states), ("mamba_dt_rank", self.rank)]
         {
             check_size(key, size)?;
         }

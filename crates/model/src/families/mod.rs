@@ -1,14 +1,20 @@
 //! Families: how published models spell what [`ModelConfig`] and our weights say. A family is data; the arithmetic is
 //! elsewhere.
 
+mod hybrid;
+mod jamba;
+mod jetmoe;
 mod keys;
+mod lfm2_moe;
 mod llama;
 mod mistral;
 mod mixtral;
 mod olmoe;
 mod qwen2;
 mod qwen3;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
 mod shared;
 
 use crate::{ModelConfig, ModelError};
@@ -45,7 +51,20 @@ pub struct TensorMap {
 
 /// All families, in the order of their names.
 pub fn all() -> &'static [Family] {
-    &[llama::FAMILY, mistral::FAMILY, mixtral::FAMILY, olmoe::FAMILY, qwen2::FAMILY, qwen3::FAMILY, qwen3_moe::FAMILY]
+    &[
+        jamba::FAMILY,
+        jetmoe::FAMILY,
+        lfm2_moe::FAMILY,
+        llama::FAMILY,
+        mistral::FAMILY,
+        mixtral::FAMILY,
+        olmoe::FAMILY,
+        qwen2::FAMILY,
+        qwen3::FAMILY,
+        qwen3_5_moe::FAMILY,
+        qwen3_moe::FAMILY,
+        qwen3_next::FAMILY,
+    ]
 }
 
 /// The family of that name or `model_type`.

@@ -33,8 +33,8 @@ impl Case {
 /// `aux.json`: the load-balancing loss over case `a`.
 #[derive(serde::Deserialize)]
 pub struct BalanceLoss {
-    /// The loss before its coefficient.
-    pub aux_loss: f32,
+    /// The loss before its coefficient; nothing where the reference has none.
+    pub aux_loss: Option<f32>,
 }
 
 impl Golden {
