@@ -11,6 +11,7 @@ mod memory;
 mod models;
 mod output;
 mod record;
+mod samples;
 mod token_file;
 
 use std::io::ErrorKind;

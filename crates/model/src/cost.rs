@@ -6,6 +6,7 @@
 
 use crate::config::{AttentionConfig, HeadMixture, Mixer, Reach};
 use crate::{Batch, KvCache, Model, Observer};
+use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_moe::Routing;
 use moebius_tensor::Param;
@@ -125,11 +126,14 @@ impl Model {
         for layer in &self.config.layers {
             cost += match &layer.mixer {
                 Mixer::Attention(AttentionConfig { n_heads, n_kv_heads, head_dim, reach, .. }) => {
-                    attention_cost([*n_heads, *n_kv_heads, *head_dim], *reach, batch, precision)
+                    attention_cost([*n_heads, *n_kv_heads, *head_dim], *reach, batch, KvCache::format_for(precision))
                 }
-                Mixer::HeadMixture(HeadMixture { router, n_kv_heads, head_dim, .. }) => {
-                    attention_cost([router.top_k * n_kv_heads, *n_kv_heads, *head_dim], Reach::All, batch, precision)
-                }
+                Mixer::HeadMixture(HeadMixture { router, n_kv_heads, head_dim, .. }) => attention_cost(
+                    [router.top_k * n_kv_heads, *n_kv_heads, *head_dim],
+                    Reach::All,
+                    batch,
+                    KvCache::format_for(precision),
+                ),
                 recurrent => state_cost(recurrent.state_numbers(self.config.hidden).iter().sum(), batch),
             };
         }
@@ -150,14 +154,13 @@ fn state_cost(numbers: usize, batch: &Batch) -> Cost {
     Cost { weight_bytes: 0, cache_bytes: read as u64, operations: 6 * (tokens * numbers) as u64 }
 }
 
-/// What one layer's attention reads of keys and values, and computes on them.
+/// What one layer's attention reads of keys and values held in `format`, and computes on them.
 fn attention_cost(
     [n_heads, n_kv_heads, head_dim]: [usize; 3],
     reach: Reach,
     batch: &Batch,
-    precision: Precision,
+    format: CacheFormat,
 ) -> Cost {
-    let bytes = KvCache::format_for(precision).bytes() as u64;
     let window = reach.window().unwrap_or(usize::MAX);
     let seen = |position: u32| (position as usize + 1).min(window) as u64;
     let (mut read, mut pairs) = (0, 0);
@@ -167,7 +170,7 @@ fn attention_cost(
         read += u64::from(last) + 1 - (u64::from(first) + 1 - seen(first));
         pairs += positions.iter().map(|&position| seen(position)).sum::<u64>();
     }
-    let (a_pair, a_position) = (4 * (n_heads * head_dim) as u64, 2 * (n_kv_heads * head_dim) as u64 * bytes);
+    let (a_pair, a_position) = (4 * (n_heads * head_dim) as u64, 2 * (n_kv_heads * format.row_bytes(head_dim)) as u64);
     Cost { weight_bytes: 0, cache_bytes: read * a_position, operations: pairs * a_pair }
 }
 

@@ -116,6 +116,24 @@ pub enum TrainError {
         /// What it became.
         value: f64,
     },
+    /// Spikes came back after every rollback that the recipe allows.
+    #[error(
+        "step {step}: a loss spike after {rollbacks} rollbacks; lower optimizer.learning_rate, raise optimizer.warmup_steps or spikes.rollbacks"
+    )]
+    Spikes {
+        /// The step of the last spike, from 1.
+        step: u64,
+        /// Rollbacks before it.
+        rollbacks: u64,
+    },
+    /// A sample could not be written.
+    #[error("samples: prompt {prompt:?}: {message}")]
+    Sample {
+        /// The prompt.
+        prompt: String,
+        /// Why.
+        message: String,
+    },
     /// The plot could not be drawn.
     #[error("{}: cannot draw: {message}", path.display())]
     Plot {

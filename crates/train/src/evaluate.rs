@@ -4,10 +4,11 @@ use moebius_kernels::gemm::Precision;
 use moebius_model::Model;
 
 use crate::Result;
-use crate::data::corpus::{Corpus, windows};
+use crate::data::corpus::windows;
 use crate::data::sampler::{count_windows, fixed_windows};
+use crate::data::shard::TokenShard;
 use crate::learn::{self, LoadCounts};
-use crate::metrics::ValidationRecord;
+use crate::metrics::Score;
 
 /// What to look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,32 +23,31 @@ pub struct Evaluation {
     pub precision: Precision,
 }
 
-/// Runs `model` over fixed windows of the held-back tokens, spread evenly over them.
+/// Runs `model` over fixed windows of held-back tokens, spread evenly over them; adds up what the routers did in `load`.
 ///
 /// Bits per byte divide the summed cross-entropy by the bytes of text that the targets stand for; the separator between
-/// documents costs its loss and stands for no byte.
+/// documents costs its loss and stands for no byte. `token_bytes` are those of each token.
 ///
 /// # Errors
 /// The model's.
-pub fn evaluate(model: &Model, corpus: &Corpus, what: &Evaluation, step: u64) -> Result<ValidationRecord> {
-    let available = count_windows(corpus.valid.len(), what.sequence_length);
+pub fn evaluate(
+    model: &Model,
+    tokens: &TokenShard,
+    token_bytes: &[u32],
+    what: &Evaluation,
+    load: &mut LoadCounts,
+) -> Result<Score> {
+    let available = count_windows(tokens.len(), what.sequence_length);
     let chosen = fixed_windows(available, what.sequences * what.batches);
-    let mut load = LoadCounts::default();
-    let (mut total, mut tokens, mut bytes) = (0.0, 0_usize, 0_u64);
+    let (mut total, mut count, mut bytes) = (0.0, 0_usize, 0_u64);
     for numbers in chosen.chunks(what.sequences) {
-        let batch = windows(&corpus.valid, what.sequence_length, numbers.iter().copied());
-        let loss = learn::measure(model, &batch, what.sequence_length, what.precision, &mut load)?;
+        let batch = windows(tokens, what.sequence_length, numbers.iter().copied());
+        let loss = learn::measure(model, &batch, what.sequence_length, what.precision, load)?;
         total += loss * batch.targets.len() as f64;
-        tokens += batch.targets.len();
-        bytes += batch.targets.iter().map(|&id| u64::from(corpus.tokenizer.token_bytes()[id as usize])).sum::<u64>();
+        count += batch.targets.len();
+        bytes += batch.targets.iter().map(|&id| u64::from(token_bytes[id as usize])).sum::<u64>();
     }
-    let loss = total / tokens as f64;
-    Ok(ValidationRecord {
-        step,
-        loss,
-        perplexity: loss.exp(),
-        bits_per_byte: total / std::f64::consts::LN_2 / bytes.max(1) as f64,
-        tokens: tokens as u64,
-        load: load.statistics(),
-    })
+    let loss = total / count as f64;
+    let bits_per_byte = total / std::f64::consts::LN_2 / bytes.max(1) as f64;
+    Ok(Score { loss, perplexity: loss.exp(), bits_per_byte, tokens: count as u64 })
 }

@@ -11,21 +11,47 @@ use crate::data::tokenizer::END_OF_TEXT_ID;
 use crate::metrics::LayerLoad;
 use crate::{Recipe, Result};
 
-/// Assignments of each layer's experts, summed over batches.
+/// Rows of a batch at most whose router entropy is taken: it is a figure to watch, not worth a per cent of the step.
+const ENTROPY_ROWS: usize = 512;
+
+/// What each layer's router did, summed over batches.
 #[derive(Clone, Debug, Default)]
-pub struct LoadCounts(Vec<LoadStatistics>);
+pub struct LoadCounts(Vec<LayerSum>);
+
+#[derive(Clone, Debug, Default)]
+struct LayerSum {
+    counts: LoadStatistics,
+    entropy: f64,
+    rows: usize,
+}
 
 impl LoadCounts {
     /// Adds what the routers of all sparse layers decided about one batch.
     fn add(&mut self, routing: &[Routing]) {
-        self.0.resize_with(routing.len(), LoadStatistics::default);
-        self.0.iter_mut().zip(routing).for_each(|(sum, layer)| sum.add(&layer.plan));
+        self.0.resize_with(routing.len(), LayerSum::default);
+        for (sum, layer) in self.0.iter_mut().zip(routing) {
+            sum.counts.add(&layer.plan);
+            let experts = layer.plan.n_experts().max(2);
+            let rows = layer.probabilities.data().chunks_exact(experts);
+            let stride = rows.len().div_ceil(ENTROPY_ROWS).max(1);
+            for row in rows.step_by(stride) {
+                sum.entropy += entropy(row);
+                sum.rows += 1;
+            }
+        }
     }
 
     /// The sums, layer by layer.
     pub fn statistics(&self) -> Vec<LayerLoad> {
-        self.0.iter().map(LayerLoad::from).collect()
+        let layer = |sum: &LayerSum| LayerLoad::new(&sum.counts, sum.entropy / sum.rows.max(1) as f64);
+        self.0.iter().map(layer).collect()
     }
+}
+
+/// Entropy of probabilities over its largest value.
+fn entropy(probabilities: &[f32]) -> f64 {
+    let terms = probabilities.iter().map(|&p| f64::from(p)).filter(|&p| p > 0.0);
+    terms.map(|p| -p * p.ln()).sum::<f64>() / (probabilities.len() as f64).ln()
 }
 
 /// The parts of a training loss, each with its coefficient.

@@ -15,7 +15,9 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod average;
 pub mod checkpoint;
+pub mod collapse;
 pub mod data;
 pub mod digest;
 mod error;
@@ -29,7 +31,9 @@ pub mod plot;
 pub mod progress;
 pub mod recipe;
 pub mod run_folder;
+pub mod samples;
 pub mod schedule;
+pub mod spikes;
 pub mod trainer;
 
 pub use error::{Result, TrainError};

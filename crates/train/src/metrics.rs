@@ -1,5 +1,6 @@
 //! `metrics.jsonl`: one JSON object a line, appended as the run goes, cut back to the checkpoint when it resumes.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -7,10 +8,12 @@ use std::path::{Path, PathBuf};
 use moebius_moe::LoadStatistics;
 use serde::{Deserialize, Serialize};
 
+use crate::collapse::CollapseRecord;
+use crate::spikes::SpikeRecord;
 use crate::{Result, TrainError, files};
 
 /// How one layer's experts were loaded.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerLoad {
     /// Tokens that each expert got, once for each choice.
     pub counts: Vec<u64>,
@@ -20,15 +23,20 @@ pub struct LayerLoad {
     pub entropy: f64,
     /// Experts that got nothing.
     pub dead_experts: usize,
+    /// Mean entropy of the router's probabilities for a token over its largest value: 0 is sure, 1 does not care which.
+    #[serde(default)]
+    pub router_entropy: f64,
 }
 
-impl From<&LoadStatistics> for LayerLoad {
-    fn from(statistics: &LoadStatistics) -> Self {
+impl LayerLoad {
+    /// From the counts of some batches and their routers' mean entropy.
+    pub fn new(statistics: &LoadStatistics, router_entropy: f64) -> Self {
         Self {
             counts: statistics.counts.clone(),
             max_violation: statistics.max_violation(),
             entropy: statistics.entropy(),
             dead_experts: statistics.dead_experts(),
+            router_entropy,
         }
     }
 }
@@ -56,11 +64,9 @@ pub struct StepRecord {
     pub load: Vec<LayerLoad>,
 }
 
-/// What a validation gave.
+/// How well a text is foretold.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ValidationRecord {
-    /// The step after which it was made.
-    pub step: u64,
+pub struct Score {
     /// Mean cross-entropy of the next token, in nats.
     pub loss: f64,
     /// `exp(loss)`.
@@ -69,8 +75,45 @@ pub struct ValidationRecord {
     pub bits_per_byte: f64,
     /// Tokens looked at.
     pub tokens: u64,
+}
+
+/// What a validation gave.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ValidationRecord {
+    /// The step after which it was made.
+    pub step: u64,
+    /// On `data.valid`.
+    #[serde(flatten)]
+    pub score: Score,
+    /// The same with the average of the weights, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub average: Option<Score>,
+    /// On the texts of `data.eval`, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sets: BTreeMap<String, Score>,
     /// Load of the experts, layer by layer; empty in a dense model.
     pub load: Vec<LayerLoad>,
+}
+
+impl ValidationRecord {
+    /// The lower of the two losses, and whether it is the average's.
+    pub fn lowest(&self) -> (f64, bool) {
+        match &self.average {
+            Some(average) if average.loss < self.score.loss => (average.loss, true),
+            _ => (self.score.loss, false),
+        }
+    }
+}
+
+/// A text that the model wrote on the way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SampleRecord {
+    /// With the weights after this step.
+    pub step: u64,
+    /// What it wrote on from.
+    pub prompt: String,
+    /// What it wrote.
+    pub text: String,
 }
 
 /// One line of `metrics.jsonl`.
@@ -81,14 +124,23 @@ pub enum Record {
     Step(StepRecord),
     /// After each validation.
     Validation(ValidationRecord),
+    /// A loss spike.
+    Spike(SpikeRecord),
+    /// A layer whose experts have collapsed.
+    Collapse(CollapseRecord),
+    /// A text written on the way.
+    Sample(SampleRecord),
 }
 
 impl Record {
-    /// The step that the record belongs to.
+    /// The step that the record belongs to: of a spike that was undone, the step that the run went back to.
     pub fn step(&self) -> u64 {
         match self {
             Self::Step(record) => record.step,
             Self::Validation(record) => record.step,
+            Self::Spike(record) => record.back_to.unwrap_or(record.step),
+            Self::Collapse(record) => record.step,
+            Self::Sample(record) => record.step,
         }
     }
 }
@@ -101,14 +153,23 @@ pub struct MetricsLog {
 }
 
 impl MetricsLog {
-    /// Opens the log and drops every record after `step`, so that a resumed run says nothing twice.
+    /// Opens the log and drops every record after `step` and every rollback but the first `rollbacks`, so that a resumed
+    /// run says nothing twice.
     ///
     /// # Errors
     /// The system's, or a log with a line that is not one of ours.
-    pub fn open(path: &Path, step: u64) -> Result<Self> {
+    pub fn open(path: &Path, step: u64, rollbacks: u64) -> Result<Self> {
         if path.exists() {
-            let kept = Self::read(path)?.into_iter().filter(|record| record.step() <= step);
-            let lines = kept.map(|record| line_of(&record)).collect::<String>();
+            let mut undone = 0;
+            let is_known = |record: &Record| match record {
+                Record::Spike(SpikeRecord { back_to: Some(_), .. }) => {
+                    undone += 1;
+                    undone <= rollbacks
+                }
+                record => record.step() <= step,
+            };
+            let lines =
+                Self::read(path)?.into_iter().filter(is_known).map(|record| line_of(&record)).collect::<String>();
             files::write_whole(path, lines.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io("open", path))?;
@@ -176,20 +237,21 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn validation(step: u64, loss: f64) -> Record {
-        let (perplexity, bits_per_byte) = (loss.exp(), loss / 3.0);
-        Record::Validation(ValidationRecord { step, loss, perplexity, bits_per_byte, tokens: 100, load: Vec::new() })
+        let score = Score { loss, perplexity: loss.exp(), bits_per_byte: loss / 3.0, tokens: 100 };
+        let (sets, load) = (BTreeMap::new(), Vec::new());
+        Record::Validation(ValidationRecord { step, score, average: None, sets, load })
     }
 
     #[test]
     fn resuming_cuts_back_and_drops_the_torn_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut log = MetricsLog::open(&path, 0).unwrap();
+        let mut log = MetricsLog::open(&path, 0, 0).unwrap();
         let records = [step(1, 4.0), step(2, 3.5), validation(2, 3.6), step(3, 3.25)];
         records.iter().for_each(|record| log.append(record).unwrap());
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"kind\":\"st").unwrap();
 
-        let mut log = MetricsLog::open(&path, 2).unwrap();
+        let mut log = MetricsLog::open(&path, 2, 0).unwrap();
         assert_eq!(MetricsLog::read(&path).unwrap(), records[..3]);
         log.append(&records[3]).unwrap();
         assert_eq!(MetricsLog::read(&path).unwrap(), records);
@@ -200,7 +262,7 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         std::fs::write(&path, "{\"kind\":\"song\"}\n").unwrap();
-        let error = MetricsLog::open(&path, 9).unwrap_err().to_string();
+        let error = MetricsLog::open(&path, 9, 0).unwrap_err().to_string();
         assert!(error.contains("metrics.jsonl:1: wanted a record of a run, found unknown variant `song`"), "{error}");
     }
 }

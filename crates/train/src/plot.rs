@@ -38,6 +38,7 @@ fn draw(svg: &mut String, title: &str, records: &[Record]) -> Drawn {
         match record {
             Record::Step(step) => steps.push(step),
             Record::Validation(validation) => validations.push(validation),
+            _ => {}
         }
     }
     let sparse = steps.iter().any(|step| !step.load.is_empty());
@@ -82,7 +83,7 @@ fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
 
 fn draw_loss(area: &Area<'_>, steps: &[&StepRecord], validations: &[&ValidationRecord]) -> Drawn {
     let train = thinned(&steps.iter().map(|step| (step.step as f64, step.loss)).collect::<Vec<_>>());
-    let valid = validations.iter().map(|record| (record.step as f64, record.loss)).collect::<Vec<_>>();
+    let valid = validations.iter().map(|record| (record.step as f64, record.score.loss)).collect::<Vec<_>>();
     let last = train.iter().chain(&valid).map(|point| point.0).fold(1.0, f64::max);
     let (low, high) = span(train.iter().chain(&valid).map(|point| point.1));
     let mut chart = chart(area, "cross-entropy of the next token").build_cartesian_2d(0.0..last, low..high)?;
@@ -95,7 +96,8 @@ fn draw_loss(area: &Area<'_>, steps: &[&StepRecord], validations: &[&ValidationR
         .draw_series(LineSeries::new(valid.clone(), VALID.stroke_width(2)))?
         .label(match validations.last() {
             Some(record) => {
-                format!("validation, last {:.3} nats, {:.3} bits a byte", record.loss, record.bits_per_byte)
+                let score = &record.score;
+                format!("validation, last {:.3} nats, {:.3} bits a byte", score.loss, score.bits_per_byte)
             }
             None => "validation".to_owned(),
         })

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use crate::metrics::{StepRecord, ValidationRecord};
+use crate::collapse::CollapseRecord;
+use crate::metrics::{SampleRecord, StepRecord, ValidationRecord};
+use crate::spikes::SpikeRecord;
 
 /// Something that happened.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +24,17 @@ pub enum Event<'a> {
         record: &'a ValidationRecord,
         /// Whether this is the lowest loss so far.
         best: bool,
+    },
+    /// A step's loss was a spike.
+    Spike(&'a SpikeRecord),
+    /// A layer's experts have collapsed.
+    Collapse(&'a CollapseRecord),
+    /// The model wrote a text.
+    Sample(&'a SampleRecord),
+    /// Validation has not improved for `train.patience` times: the run ends.
+    EarlyStop {
+        /// After this step.
+        step: u64,
     },
     /// A checkpoint is on the disk.
     Saved {
@@ -67,6 +80,8 @@ pub struct RunFacts {
     pub steps: u64,
     /// Tokens that one step sees.
     pub tokens_per_step: usize,
+    /// Experts a token and experts a layer, if there are some.
+    pub experts: Option<(usize, usize)>,
 }
 
 /// Receives the events of a run.

@@ -106,6 +106,20 @@ impl RunFolder {
         Ok(self.checkpoint(step))
     }
 
+    /// The latest checkpoint at a multiple of `every` steps: one that a run has whether or not it was interrupted.
+    ///
+    /// # Errors
+    /// None there, or the system's.
+    pub fn latest_regular(&self, every: u64) -> Result<PathBuf> {
+        let steps = self.steps()?;
+        let regular = steps.into_iter().rfind(|step| step.is_multiple_of(every));
+        let step = regular.ok_or_else(|| TrainError::NothingToResume {
+            path: self.root.clone(),
+            message: "no checkpoint to go back to".to_owned(),
+        })?;
+        Ok(self.checkpoint(step))
+    }
+
     /// Makes the folder ready for a start; afterwards it holds a run only if `start` is [`Start::Resume`].
     ///
     /// # Errors
@@ -138,17 +152,21 @@ impl RunFolder {
         }
     }
 
-    /// Deletes all checkpoints but the last `keep`, and best weights that neither `best` nor a kept checkpoint names.
+    /// Deletes all checkpoints but the last `keep` and the last at a multiple of `every` steps, and best weights that neither `best` nor a kept checkpoint names.
     ///
     /// # Errors
     /// The system's.
-    pub fn prune(&self, keep: usize, wanted_best: impl Fn(&Path) -> Option<u64>) -> Result<()> {
+    pub fn prune(&self, keep: usize, every: u64, wanted_best: impl Fn(&Path) -> Option<u64>) -> Result<()> {
         let steps = self.steps()?;
-        let (old, kept) = steps.split_at(steps.len().saturating_sub(keep));
-        for &step in old {
+        let regular = steps.iter().rfind(|step| step.is_multiple_of(every)).copied();
+        let first_kept = steps.len().saturating_sub(keep);
+        let is_kept = |at: usize| at >= first_kept || regular == Some(steps[at]);
+        let (kept, old) = (0..steps.len()).partition::<Vec<_>, _>(|&at| is_kept(at));
+        let (kept, old) = (kept.into_iter().map(|at| steps[at]), old.into_iter().map(|at| steps[at]));
+        for step in old {
             files::remove_folder(&self.checkpoint(step))?;
         }
-        let wanted = kept.iter().filter_map(|&step| wanted_best(&self.checkpoint(step))).collect::<Vec<_>>();
+        let wanted = kept.filter_map(|step| wanted_best(&self.checkpoint(step))).collect::<Vec<_>>();
         for step in steps_in(&self.best())?.into_iter().filter(|step| !wanted.contains(step)) {
             files::remove_folder(&self.best_model(step))?;
         }
@@ -191,9 +209,18 @@ mod tests {
     #[test]
     fn pruning_keeps_what_a_kept_checkpoint_names() {
         let (_root, run) = folder_with(&[10, 20, 30], &[5, 15, 25]);
-        run.prune(2, |path| Some(if path.ends_with("step-20") { 15 } else { 25 })).unwrap();
+        run.prune(2, 10, |path| Some(if path.ends_with("step-20") { 15 } else { 25 })).unwrap();
         assert_eq!(run.steps().unwrap(), [20, 30]);
         assert_eq!(steps_in(&run.best()).unwrap(), [15, 25]);
+    }
+
+    /// An interruption leaves a checkpoint out of turn; the last one in turn stays, for rollbacks to find.
+    #[test]
+    fn pruning_keeps_the_last_regular_one() {
+        let (_root, run) = folder_with(&[10, 20, 23], &[]);
+        run.prune(1, 10, |_| None).unwrap();
+        assert_eq!(run.steps().unwrap(), [20, 23]);
+        assert_eq!(run.latest_regular(10).unwrap(), run.checkpoint(20));
     }
 
     #[test]

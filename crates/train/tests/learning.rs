@@ -37,17 +37,55 @@ fn the_loss_falls_sparse_and_dense() {
     }
 }
 
+/// Muon and SGD learn as well, with rates of their own; an average of the weights is validated beside them, and other
+/// texts apart.
+#[test]
+fn other_methods_learn() {
+    for (kind, rate) in [("muon", "1e-2"), ("sgd", "0.5")] {
+        let workshop = Workshop::new();
+        let recipe = workshop.recipe(&[
+            ("warmup_steps = 3", &format!("warmup_steps = 3\nkind = '{kind}'")),
+            ("learning_rate = 1e-2", &format!("learning_rate = {rate}")),
+            ("steps = 12", "steps = 120"),
+            ("keep = 2", "keep = 2\naverage = 0.9"),
+            ("valid = ['valid.txt']", "valid = ['valid.txt']\neval.other = ['other.txt']"),
+        ]);
+        let mut trainer = workshop.trainer(&recipe, "run", Start::Fresh);
+        let best = trainer.run(&AtomicBool::new(false), &mut Silent).unwrap().best.expect("validated");
+        assert!(best.loss < if kind == "muon" { 1.3 } else { 2.0 }, "{kind}: {}", best.loss);
+        let validation = trainer.validate(&mut Silent).unwrap();
+        let average = validation.average.expect("an average");
+        assert!(
+            (average.loss - validation.score.loss).abs() < 0.3,
+            "{kind}: {} {}",
+            average.loss,
+            validation.score.loss
+        );
+        // The same language, other sentences.
+        let other = &validation.sets["other"];
+        assert!((other.loss - validation.score.loss).abs() < 0.2 && other.loss != validation.score.loss);
+        // Exchanging weights for the average and back changes no bit.
+        let before = bits(&trainer);
+        trainer.validate(&mut Silent).unwrap();
+        assert!(bits(&trainer) == before);
+    }
+}
+
 #[test]
 fn threads_change_no_bit() {
     let workshop = Workshop::new();
     for precision in ["precision = 'bf16'", "precision = 'f32'"] {
-        let recipe = workshop.recipe(&[("precision = 'bf16'", precision), ("accumulation = 1", "accumulation = 2")]);
+        let recipe = workshop.recipe(&[
+            ("precision = 'bf16'", precision),
+            ("accumulation = 1", "accumulation = 2"),
+            ("warmup_steps = 3", "warmup_steps = 3\nkind = 'muon'"),
+        ]);
         let with_threads = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
                 let mut trainer = workshop.trainer(&recipe, "run", Start::Force);
                 let losses = steps(&mut trainer, 4);
-                (losses, trainer.validate(&mut Silent).unwrap().loss, bits(&trainer))
+                (losses, trainer.validate(&mut Silent).unwrap().score.loss, bits(&trainer))
             })
         };
         let one = with_threads(1);

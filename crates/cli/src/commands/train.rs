@@ -10,6 +10,7 @@ use moebius_train::{Recipe, Start, Trainer};
 use crate::arguments::TrainArguments;
 use crate::display::{self, Display};
 use crate::output;
+use crate::samples::EngineWriter;
 
 /// Set by ctrl-C; the trainer looks at it between steps.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -29,8 +30,10 @@ pub fn execute(arguments: &TrainArguments) -> anyhow::Result<ExitCode> {
         _ => Start::Fresh,
     };
     ctrlc::set_handler(interrupted).context("ctrl-C handler")?;
+    let precision = recipe.train.precision.into();
     let mut display = Display::new();
     let outcome = Trainer::prepare(recipe, &arguments.out, start, &mut display)
+        .map(|trainer| trainer.with_samples(Box::new(EngineWriter::new(precision))))
         .and_then(|mut trainer| trainer.run(&STOP, &mut display));
     display.close();
     let outcome = outcome?;
@@ -46,6 +49,12 @@ fn summary(outcome: &Outcome, arguments: &TrainArguments) -> String {
         None => String::new(),
     };
     match outcome.finished {
+        true if outcome.early => {
+            format!(
+                "ended after {} steps without improvement{best}; try: moebius run --model {out}/model",
+                outcome.step
+            )
+        }
         true => format!("finished {} steps{best}; try: moebius run --model {out}/model", outcome.step),
         false => format!("stopped after step {}{best}; --resume goes on from there", outcome.step),
     }

@@ -1,9 +1,10 @@
 //! Texts, tokenizer and shards of a run, made once and found again.
 //!
-//! `OUT/data/` holds `tokenizer.json`, `train.tokens` and `valid.tokens`. Each shard carries a fingerprint of the texts,
+//! `OUT/data/` holds `tokenizer.json`, `train.tokens`, `valid.tokens` and an `eval-NAME.tokens` for each of `data.eval`. Each shard carries a fingerprint of the texts,
 //! the tokenizer's settings and the format; it is used again only if that is what the recipe asks for now.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use super::sampler::count_windows;
 use super::shard::{TokenShard, encode_shard};
@@ -24,6 +25,29 @@ pub struct Corpus {
     pub train: TokenShard,
     /// Tokens held back.
     pub valid: TokenShard,
+    /// Further tokens held back, by name.
+    pub eval: BTreeMap<String, TokenShard>,
+}
+
+/// A part of `[data]`: its key, its shard's name, its texts and what decides its tokens.
+struct Part {
+    key: String,
+    file: String,
+    texts: Vec<Document>,
+    source: Digest,
+}
+
+impl Part {
+    /// Reads the texts; `train` are those that the tokenizer comes from, `None` if these are.
+    fn read(recipe: &Recipe, key: &str, paths: &[PathBuf], train: Option<&Self>) -> Result<Self> {
+        let texts = read_documents(recipe, paths)?;
+        let source = match train {
+            None => source(recipe, &texts, &[]),
+            Some(train) => source(recipe, &train.texts, &texts),
+        };
+        let file = format!("{}.tokens", key.trim_start_matches("data.").replace('.', "-"));
+        Ok(Self { key: key.to_owned(), file, texts, source })
+    }
 }
 
 /// Tokens and targets of some windows.
@@ -42,88 +66,91 @@ impl Corpus {
     /// Texts that cannot be read, are not UTF-8 or too short; a folder that cannot be written.
     pub fn prepare(recipe: &Recipe, folder: &Path, progress: &mut dyn Progress) -> Result<Self> {
         progress.event(&Event::Preparing("reading the texts"));
-        let train = read_documents(recipe, &recipe.data.train)?;
-        let valid = read_documents(recipe, &recipe.data.valid)?;
-        let bytes = |documents: &[Document]| documents.iter().map(|document| document.text.len()).sum::<usize>();
-        let train_bytes = bytes(&train);
-        let sources = [source(recipe, &train, &[]), source(recipe, &train, &valid)];
+        let mut parts = vec![Part::read(recipe, "data.train", &recipe.data.train, None)?];
+        parts.push(Part::read(recipe, "data.valid", &recipe.data.valid, Some(&parts[0]))?);
+        for (name, paths) in &recipe.data.eval {
+            parts.push(Part::read(recipe, &format!("data.eval.{name}"), paths, Some(&parts[0]))?);
+        }
         files::create_folder(folder)?;
         files::sweep(folder)?;
-        let found = Self::find(folder, sources);
+        let found = Self::find(folder, &parts);
         let cached = found.is_some();
-        let corpus = match found {
-            Some(corpus) => corpus,
-            None => Self::make(recipe, folder, [&train, &valid], sources, progress)?,
+        let (tokenizer, shards) = match found {
+            Some(found) => found,
+            None => Self::make(recipe, folder, &parts, progress)?,
         };
-        corpus.check_length(recipe)?;
+        for (part, shard) in parts.iter().zip(&shards) {
+            check_length(recipe, &part.key, shard)?;
+        }
+        let mut shards = shards.into_iter();
+        let (train, valid) = (shards.next().expect("a part"), shards.next().expect("a part"));
+        let eval = recipe.data.eval.keys().cloned().zip(shards).collect();
+        let corpus = Self { tokenizer, train, valid, eval };
         progress.event(&Event::Data(&DataFacts {
             vocab_size: corpus.tokenizer.vocab_size(),
             train_tokens: corpus.train.len(),
             valid_tokens: corpus.valid.len(),
-            train_bytes,
+            train_bytes: parts[0].texts.iter().map(|document| document.text.len()).sum(),
             cached,
         }));
         Ok(corpus)
     }
 
     /// What an earlier start left, if it is whole and made from the same.
-    fn find(folder: &Path, sources: [Digest; 2]) -> Option<Self> {
+    fn find(folder: &Path, parts: &[Part]) -> Option<(TextTokenizer, Vec<TokenShard>)> {
         let json = std::fs::read_to_string(folder.join("tokenizer.json")).ok()?;
         let tokenizer = TextTokenizer::from_json(&json).ok()?;
-        let train = TokenShard::open(&folder.join("train.tokens")).ok()?;
-        let valid = TokenShard::open(&folder.join("valid.tokens")).ok()?;
-        let made_with = |shard: &TokenShard, source| shard.source() == with_tokenizer(source, &json);
-        let same = made_with(&train, sources[0]) && made_with(&valid, sources[1]);
-        same.then_some(Self { tokenizer, train, valid })
+        let shards = parts.iter().map(|part| {
+            let shard = TokenShard::open(&folder.join(&part.file)).ok()?;
+            (shard.source() == with_tokenizer(part.source, &json)).then_some(shard)
+        });
+        Some((tokenizer, shards.collect::<Option<_>>()?))
     }
 
     fn make(
         recipe: &Recipe,
         folder: &Path,
-        texts: [&[Document]; 2],
-        sources: [Digest; 2],
+        parts: &[Part],
         progress: &mut dyn Progress,
-    ) -> Result<Self> {
+    ) -> Result<(TextTokenizer, Vec<TokenShard>)> {
         progress.event(&Event::Preparing("training the tokenizer"));
-        let tokenizer = TextTokenizer::train(&recipe.tokenizer, texts[0])?;
+        let tokenizer = TextTokenizer::train(&recipe.tokenizer, &parts[0].texts)?;
         files::write_whole(&folder.join("tokenizer.json"), tokenizer.json().as_bytes())?;
         progress.event(&Event::Preparing("tokenising the texts"));
-        let shard = |name: &str, documents: &[Document], source: Digest| {
+        let shard = |part: &Part| {
             let mut tokens = Vec::new();
-            for document in documents {
+            for document in &part.texts {
                 tokens.extend(tokenizer.encode(&document.text)?);
                 tokens.push(END_OF_TEXT_ID);
             }
-            let path = folder.join(name);
-            let source = with_tokenizer(source, tokenizer.json());
+            let path = folder.join(&part.file);
+            let source = with_tokenizer(part.source, tokenizer.json());
             files::write_whole(&path, &encode_shard(&tokens, tokenizer.vocab_size(), source))?;
             TokenShard::open(&path)
         };
-        let train = shard("train.tokens", texts[0], sources[0])?;
-        let valid = shard("valid.tokens", texts[1], sources[1])?;
-        Ok(Self { tokenizer, train, valid })
+        let shards = parts.iter().map(shard).collect::<Result<_>>()?;
+        Ok((tokenizer, shards))
     }
 
-    /// One window at the least in each part.
-    fn check_length(&self, recipe: &Recipe) -> Result<()> {
-        let length = recipe.train.sequence_length;
-        for (key, shard) in [("data.train", &self.train), ("data.valid", &self.valid)] {
-            if count_windows(shard.len(), length) == 0 {
-                let wanted = format!("wanted more than train.sequence_length = {length} tokens, found {}", shard.len());
-                return Err(TrainError::Data { what: key.to_owned(), message: wanted });
-            }
-        }
-        Ok(())
-    }
-
-    /// A fingerprint of everything that the model will see: both shards and the tokenizer.
+    /// A fingerprint of everything that the model will see: all shards and the tokenizer.
     pub fn digest(&self) -> Digest {
         let mut hasher = Hasher::default();
         hasher.write_u64(self.train.digest().0);
         hasher.write_u64(self.valid.digest().0);
+        self.eval.values().for_each(|shard| hasher.write_u64(shard.digest().0));
         hasher.write_sized(self.tokenizer.json().as_bytes());
         hasher.finish()
     }
+}
+
+/// One window at the least in each part.
+fn check_length(recipe: &Recipe, key: &str, shard: &TokenShard) -> Result<()> {
+    let length = recipe.train.sequence_length;
+    if count_windows(shard.len(), length) == 0 {
+        let message = format!("wanted more than train.sequence_length = {length} tokens, found {}", shard.len());
+        return Err(TrainError::Data { what: key.to_owned(), message });
+    }
+    Ok(())
 }
 
 /// Inputs and targets of the windows `numbers`, each `length` tokens long.

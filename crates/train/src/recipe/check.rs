@@ -3,8 +3,8 @@
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use super::Recipe;
 use super::locate::Located;
+use super::{Export, Recipe, presets};
 
 /// A rule that a recipe breaks.
 pub(super) struct Violation {
@@ -15,21 +15,28 @@ pub(super) struct Violation {
 }
 
 /// Collects what is wrong, in the order of the checks.
-struct Checks(Vec<Violation>);
+pub(super) struct Checks(Vec<Violation>);
 
 impl Checks {
-    fn require(&mut self, holds: bool, key: &str, wanted: impl Display, found: impl Display) {
+    pub(super) fn require(&mut self, holds: bool, key: &str, wanted: impl Display, found: impl Display) {
         if !holds {
             self.0.push(Violation { key: key.to_owned(), message: format!("wanted {wanted}, found {found}") });
         }
     }
 
-    fn count(&mut self, key: &str, value: usize, range: RangeInclusive<usize>) {
+    pub(super) fn count(&mut self, key: &str, value: usize, range: RangeInclusive<usize>) {
         self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
     }
 
+    /// A key without a general default that neither the file nor a preset gives.
+    pub(super) fn present(&mut self, located: &Located<'_>, key: &str, is_set: bool) {
+        if !located.says(key) && !is_set {
+            self.0.push(Violation { key: key.to_owned(), message: "missing".to_owned() });
+        }
+    }
+
     /// A number in `range`; NaN is in no range.
-    fn number(&mut self, key: &str, value: f64, range: RangeInclusive<f64>) {
+    pub(super) fn number(&mut self, key: &str, value: f64, range: RangeInclusive<f64>) {
         self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
     }
 }
@@ -37,16 +44,31 @@ impl Checks {
 /// The first rule that `recipe` breaks, if any.
 pub(super) fn first_violation(recipe: &Recipe, located: &Located<'_>) -> Option<Violation> {
     let mut checks = Checks(Vec::new());
-    model(recipe, &mut checks);
+    model(recipe, located, &mut checks);
     experts(recipe, located, &mut checks);
     data(recipe, &mut checks);
     train(recipe, &mut checks);
-    optimizer(recipe, &mut checks);
+    super::optimizer::check(recipe, located, &mut checks);
+    super::watch::check(recipe, &mut checks);
     checks.0.into_iter().next()
 }
 
-fn model(recipe: &Recipe, checks: &mut Checks) {
+fn model(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
     let model = &recipe.model;
+    if let Some(name) = &model.preset {
+        let names = presets::PRESETS.map(|preset| preset.name).join(", ");
+        checks.require(presets::find(name).is_some(), "model.preset", format!("one of {names}"), name);
+    }
+    for (key, value) in [
+        ("model.hidden", model.hidden),
+        ("model.layers", model.layers),
+        ("model.heads", model.heads),
+        ("model.ffn", model.ffn),
+        ("model.context", model.context),
+        ("tokenizer.vocab_size", recipe.tokenizer.vocab_size),
+    ] {
+        checks.present(located, key, value != 0);
+    }
     checks.count("model.hidden", model.hidden, 2..=65_536);
     checks.count("model.layers", model.layers, 1..=1024);
     checks.count("model.heads", model.heads, 1..=1024);
@@ -101,6 +123,16 @@ fn data(recipe: &Recipe, checks: &mut Checks) {
     if let Some(path) = both {
         checks.require(false, "data.valid", "texts that are not in data.train", path.display());
     }
+    for (name, paths) in &recipe.data.eval {
+        let key = format!("data.eval.{name}");
+        let plain = |letter: char| letter.is_ascii_alphanumeric() || letter == '_' || letter == '-';
+        let fits = !name.is_empty() && name.len() <= 64 && name.chars().all(plain);
+        checks.require(fits, &key, "a name of letters, digits, _ and -", name);
+        checks.require(!paths.is_empty(), &key, "at least one text", "none");
+        if let Some(path) = paths.iter().find(|path| recipe.data.train.contains(path)) {
+            checks.require(false, &key, "texts that are not in data.train", path.display());
+        }
+    }
 }
 
 fn train(recipe: &Recipe, checks: &mut Checks) {
@@ -115,34 +147,15 @@ fn train(recipe: &Recipe, checks: &mut Checks) {
     checks.count("train.validate_batches", train.validate_batches, 1..=1 << 16);
     checks.count("train.save_every", train.save_every as usize, 1..=1 << 40);
     checks.count("train.keep", train.keep, 1..=1 << 16);
+    checks.number("train.average", train.average.unwrap_or(0.5), 0.0..=0.999999);
+    checks.count("train.patience", train.patience.unwrap_or(1) as usize, 1..=1 << 40);
+    let averages = train.average.is_some() || train.export != Export::Average;
+    checks.require(averages, "train.export", "\"average\" only with train.average", "none");
     let wanted = format!("at most model.context = {}", recipe.model.context);
     checks.require(
         train.sequence_length <= recipe.model.context,
         "train.sequence_length",
         wanted,
         train.sequence_length,
-    );
-}
-
-fn optimizer(recipe: &Recipe, checks: &mut Checks) {
-    let optimizer = &recipe.optimizer;
-    checks.number("optimizer.learning_rate", optimizer.learning_rate, 1e-12..=10.0);
-    checks.number("optimizer.minimum_learning_rate", optimizer.minimum_learning_rate, 0.0..=10.0);
-    checks.number("optimizer.beta1", optimizer.beta1, 0.0..=0.99999);
-    checks.number("optimizer.beta2", optimizer.beta2, 0.0..=0.99999999);
-    checks.number("optimizer.epsilon", optimizer.epsilon, 1e-20..=1.0);
-    checks.number("optimizer.weight_decay", optimizer.weight_decay, 0.0..=10.0);
-    checks.number("optimizer.clip_norm", optimizer.clip_norm, 1e-9..=1e9);
-    checks.require(
-        optimizer.minimum_learning_rate <= optimizer.learning_rate,
-        "optimizer.minimum_learning_rate",
-        format!("at most optimizer.learning_rate = {}", optimizer.learning_rate),
-        optimizer.minimum_learning_rate,
-    );
-    checks.require(
-        optimizer.warmup_steps < recipe.train.steps,
-        "optimizer.warmup_steps",
-        format!("fewer than train.steps = {}", recipe.train.steps),
-        optimizer.warmup_steps,
     );
 }

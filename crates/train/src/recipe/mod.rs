@@ -6,7 +6,11 @@
 
 mod check;
 mod locate;
+mod optimizer;
+pub mod presets;
+mod watch;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use moebius_kernels::gemm::Precision;
@@ -14,6 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Result, TrainError};
 use locate::Located;
+pub use optimizer::{Group, Groups, OptimizerKind, OptimizerSection, ScheduleKind};
+pub use watch::{SampleSection, SpikeAction, SpikeSection};
 
 /// One training run, as `recipes/*.toml` writes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,16 +28,24 @@ pub struct Recipe {
     /// `[model]`: the shape of the network.
     pub model: ModelSection,
     /// `[tokenizer]`: how text becomes tokens.
+    #[serde(default)]
     pub tokenizer: TokenizerSection,
     /// `[data]`: the texts.
     pub data: DataSection,
     /// `[train]`: steps, batches, validation, checkpoints.
     pub train: TrainSection,
-    /// `[optimizer]`: AdamW and its schedule.
+    /// `[optimizer]`: the method and its schedule.
+    #[serde(default)]
     pub optimizer: OptimizerSection,
     /// `[balance]`: what keeps the experts evenly loaded.
     #[serde(default)]
     pub balance: BalanceSection,
+    /// `[spikes]`: what a loss spike is, and what is done about one.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub spikes: SpikeSection,
+    /// `[samples]`: texts written on the way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<SampleSection>,
     /// The folder that relative paths start from; not part of the file.
     #[serde(skip)]
     folder: PathBuf,
@@ -45,16 +59,23 @@ pub struct Recipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
+    /// A shape by name ([`presets::PRESETS`]); what the section itself says goes before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preset: Option<String>,
     /// Width of the residual stream.
+    #[serde(default)]
     pub hidden: usize,
     /// Number of decoder layers.
+    #[serde(default)]
     pub layers: usize,
     /// Number of query heads.
+    #[serde(default)]
     pub heads: usize,
     /// Number of key and value heads; `heads` if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_heads: Option<usize>,
     /// Inner width of one expert, or of the only feed-forward block of a dense model.
+    #[serde(default)]
     pub ffn: usize,
     /// Number of experts a layer; absent: dense.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -63,6 +84,7 @@ pub struct ModelSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts_per_token: Option<usize>,
     /// Number of positions that the model declares (`max_position_embeddings`).
+    #[serde(default)]
     pub context: usize,
     /// Base of the rotary embedding.
     #[serde(default = "ten_thousand")]
@@ -80,6 +102,7 @@ pub struct ModelSection {
 #[serde(deny_unknown_fields)]
 pub struct TokenizerSection {
     /// Number of tokens, the 256 bytes and `<|endoftext|>` among them.
+    #[serde(default)]
     pub vocab_size: usize,
     /// A pair of symbols must occur this often to become a token.
     #[serde(default = "two")]
@@ -92,8 +115,11 @@ pub struct TokenizerSection {
 pub struct DataSection {
     /// Texts to learn from.
     pub train: Vec<PathBuf>,
-    /// Texts held back for validation.
+    /// Texts held back for validation: what is best and when to stop is decided by them.
     pub valid: Vec<PathBuf>,
+    /// `[data.eval]`: further held-back texts by name; each validation gives their losses apart.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub eval: BTreeMap<String, Vec<PathBuf>>,
 }
 
 /// `[train]`.
@@ -101,12 +127,15 @@ pub struct DataSection {
 #[serde(deny_unknown_fields)]
 pub struct TrainSection {
     /// Seed of the initial weights and of the order of the data.
+    #[serde(default = "seed")]
     pub seed: u64,
     /// Number of optimiser steps.
     pub steps: u64,
-    /// Tokens in one sequence.
+    /// Tokens in one sequence; `model.context` if absent.
+    #[serde(default)]
     pub sequence_length: usize,
     /// Sequences that go through the model at once.
+    #[serde(default = "sixteen")]
     pub sequences: usize,
     /// Micro-batches of `sequences` sequences that one step averages over.
     #[serde(default = "one")]
@@ -117,12 +146,22 @@ pub struct TrainSection {
     /// Whether each layer is computed again in the backward pass instead of keeping its activations.
     #[serde(default)]
     pub checkpoint_activations: bool,
-    /// Steps between validations.
+    /// Steps between validations; a tenth of the steps if absent.
+    #[serde(default)]
     pub validate_every: u64,
     /// Number of batches of `sequences` sequences in one validation.
+    #[serde(default = "sixteen")]
     pub validate_batches: usize,
-    /// Steps between checkpoints.
+    /// Steps between checkpoints; `validate_every` if absent.
+    #[serde(default)]
     pub save_every: u64,
+    /// Decay of a running average of the weights (Polyak & Juditsky 1992), which is validated, saved and exported beside
+    /// them; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub average: Option<f64>,
+    /// The run ends after so many validations in a row without a new lowest loss; absent: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u64>,
     /// Number of checkpoints kept.
     #[serde(default = "two_checkpoints")]
     pub keep: usize,
@@ -160,6 +199,8 @@ impl From<RecipePrecision> for Precision {
 pub enum Export {
     /// The weights after the last step.
     Last,
+    /// Their running average, `train.average`.
+    Average,
     /// The weights of the lowest validation loss.
     #[default]
     Best,
@@ -176,33 +217,6 @@ pub enum ExportDtype {
     Bf16,
 }
 
-/// `[optimizer]`: AdamW; weight decay on matrices only.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct OptimizerSection {
-    /// The rate at the end of the warm-up.
-    pub learning_rate: f64,
-    /// The rate at the last step.
-    pub minimum_learning_rate: f64,
-    /// Steps of linear warm-up.
-    pub warmup_steps: u64,
-    /// Decay of the first moment.
-    #[serde(default = "beta1")]
-    pub beta1: f64,
-    /// Decay of the second moment.
-    #[serde(default = "beta2")]
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    #[serde(default = "adam_epsilon")]
-    pub epsilon: f64,
-    /// Decoupled weight decay.
-    #[serde(default = "weight_decay")]
-    pub weight_decay: f64,
-    /// The gradient's global norm is cut to this.
-    #[serde(default = "clip_norm")]
-    pub clip_norm: f64,
-}
-
 /// `[balance]`: coefficients of the auxiliary losses (Switch Transformer 2.2; ST-MoE 3).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -214,6 +228,12 @@ pub struct BalanceSection {
     /// Coefficient of the router's z-loss; 0: off.
     #[serde(default)]
     pub z: f64,
+}
+
+impl Default for TokenizerSection {
+    fn default() -> Self {
+        Self { vocab_size: 0, min_frequency: two() }
+    }
 }
 
 fn one() -> usize {
@@ -231,26 +251,30 @@ fn ten_thousand() -> f64 {
 fn norm_epsilon() -> f64 {
     1e-5
 }
-fn beta1() -> f64 {
-    0.9
+fn seed() -> u64 {
+    1
 }
-fn beta2() -> f64 {
-    0.95
+fn sixteen() -> usize {
+    16
 }
-fn adam_epsilon() -> f64 {
-    1e-8
-}
-fn weight_decay() -> f64 {
-    0.1
-}
-fn clip_norm() -> f64 {
-    1.0
+
+/// Whether a section says nothing that its default does not: then a checkpoint need not carry it.
+fn is_default<T: Default + PartialEq>(section: &T) -> bool {
+    *section == T::default()
 }
 
 /// Keys that may change between a run and its resumption: how long, how often, what is kept. A longer or shorter run
 /// stretches the cosine schedule from the resumed step on; every other key would make it another run.
-const FREE_KEYS: [&str; 6] =
-    ["train.steps", "train.validate_every", "train.save_every", "train.keep", "train.export", "train.export_dtype"];
+const FREE_KEYS: [&str; 8] = [
+    "model.preset",
+    "train.steps",
+    "train.validate_every",
+    "train.save_every",
+    "train.keep",
+    "train.export",
+    "train.export_dtype",
+    "train.patience",
+];
 
 impl Recipe {
     /// Reads and checks a recipe.
@@ -272,6 +296,7 @@ impl Recipe {
         let mut recipe: Self = toml::from_str(text).map_err(|error| located.explain(&error))?;
         recipe.folder = folder.to_path_buf();
         recipe.text = text.to_owned();
+        presets::fill(&mut recipe, &located);
         match check::first_violation(&recipe, &located) {
             None => Ok(recipe),
             Some(violation) => Err(located.error(&violation.key, violation.message)),

@@ -66,8 +66,10 @@ fn bad_recipes_name_line_and_key() {
         ("[balance]", "[ballance]", "33: ballance: unknown key; wanted one of `model`, `tokenizer`, "),
         ("experts = 4", "expert = 4", "7: model.expert: unknown key; wanted one of "),
         // Missing ones.
-        ("seed = 1\n", "", "18: train.seed: missing"),
-        ("[tokenizer]\nvocab_size = 300\n", "", "1: tokenizer: missing"),
+        ("steps = 100\n", "", "18: train.steps: missing"),
+        ("hidden = 32\n", "", "1: model.hidden: missing"),
+        ("[tokenizer]\nvocab_size = 300\n", "", "1: tokenizer.vocab_size: missing"),
+        ("learning_rate = 1e-3\n", "", "27: optimizer.learning_rate: missing"),
         // Types.
         ("steps = 100", "steps = 'ten'", "20: train.steps: wanted a whole number from 0, found string \"ten\""),
         ("steps = 100", "steps = -1", "20: train.steps: wanted a whole number from 0, found integer `-1`"),
@@ -142,6 +144,40 @@ fn bad_recipes_name_line_and_key() {
             "valid = ['a.txt']",
             "16: data.valid: wanted texts that are not in data.train, found a.txt",
         ),
+        ("hidden = 32", "preset = 'moe-huge'", "2: model.preset: wanted one of dense-nano, moe-nano, "),
+        ("clip_norm = 1", "momentum = 0.9", "31: optimizer.momentum: wanted no such key with kind = \"adamw\""),
+        ("clip_norm = 1", "kind = 'sgd'\nbeta1 = 0.5", "32: optimizer.beta1: wanted no such key with kind = \"sgd\""),
+        ("clip_norm = 1", "kind = 'lion'", "31: optimizer.kind: wanted one of `adamw`, `muon`, `sgd`, found `lion`"),
+        ("clip_norm = 1", "decay_steps = 9", "31: optimizer.decay_steps: wanted no such key without schedule"),
+        (
+            "clip_norm = 1",
+            "schedule = 'wsd'\ndecay_steps = 101",
+            "32: optimizer.decay_steps: wanted 1 to train.steps = 100, found 101",
+        ),
+        (
+            "[balance]",
+            "[optimizer.groups.router]\nweight_decay = -1\n[balance]",
+            "34: optimizer.groups.router.weight_decay: wanted 0 to 10, found -1",
+        ),
+        (
+            "[balance]",
+            "[optimizer.groups.routers]\nweight_decay = 1\n[balance]",
+            "33: optimizer.groups.routers: unknown key; wanted one of `embedding`, ",
+        ),
+        ("[balance]", "[spikes]\nwindow = 2\n[balance]", "34: spikes.window: wanted 8 to 65536, found 2"),
+        (
+            "[balance]",
+            "[samples]\nevery = 5\nprompts = ['']\n[balance]",
+            "35: samples.prompts: wanted at least one text",
+        ),
+        (
+            "[train]",
+            "[data.eval]\nprose = ['a.txt']\n[train]",
+            "19: data.eval.prose: wanted texts that are not in data.train",
+        ),
+        ("[train]", "[data.eval]\n'a/b' = ['c.txt']\n[train]", "19: data.eval.a/b: wanted a name of letters, digits"),
+        ("seed = 1", "average = 1", "19: train.average: wanted 0 to 0.999999, found 1"),
+        ("seed = 1", "export = 'average'", "19: train.export: wanted \"average\" only with train.average, found none"),
         // Not TOML.
         ("hidden = 32", "hidden = ", "2: not valid TOML: "),
         ("layers = 2", "hidden = 2", "3: not valid TOML: duplicate key"),
@@ -176,6 +212,34 @@ fn only_how_long_and_how_often_may_change() {
         let found = old.difference(&parse(&GOOD.replacen(from, to, 1)).unwrap());
         assert_eq!(found, Some((key.to_owned(), was.to_owned(), now.to_owned())));
     }
+}
+
+/// A preset fills what the file leaves out, and nothing else; every other key has a default.
+#[test]
+fn presets_fill_the_gaps() {
+    let short =
+        |model: &str| format!("[model]\n{model}\n[data]\ntrain = ['a.txt']\nvalid = ['b.txt']\n[train]\nsteps = 500\n");
+    for preset in presets::PRESETS {
+        let recipe = parse(&short(&format!("preset = '{}'", preset.name))).unwrap();
+        let model = &recipe.model;
+        assert_eq!((model.hidden, model.ffn, model.experts), (preset.hidden, preset.ffn, preset.experts.map(|e| e[0])));
+        assert_eq!(recipe.tokenizer, TokenizerSection { vocab_size: preset.vocab_size, min_frequency: 2 });
+        assert_eq!(recipe.train.sequence_length, preset.context);
+        assert_eq!((recipe.train.validate_every, recipe.train.save_every, recipe.train.seed), (50, 50, 1));
+        assert_eq!(recipe.optimizer.warmup_steps, 50);
+        assert_eq!(recipe.optimizer.minimum_learning_rate, preset.learning_rate / 10.0);
+        assert_eq!(recipe.balance.load_balancing, if preset.experts.is_some() { 0.01 } else { 0.0 });
+        // The same active size within a family: experts a token times their width.
+        let active = preset.ffn * preset.experts.map_or(1, |e| e[1]);
+        assert_eq!(active, 4 * preset.hidden, "{}", preset.name);
+    }
+    let recipe = parse(&short("preset = 'moe-tiny'\nexperts = 16\nhidden = 64")).unwrap();
+    assert_eq!((recipe.model.experts, recipe.model.experts_per_token), (Some(16), Some(2)));
+    assert_eq!((recipe.model.hidden, recipe.model.layers), (64, 4));
+    // A run that began with a preset goes on with its values written out.
+    let written = "hidden = 64\nlayers = 4\nheads = 4\nffn = 256\nexperts = 16\nexperts_per_token = 2\ncontext = 128";
+    let rest = "[tokenizer]\nvocab_size = 1024\n[optimizer]\nlearning_rate = 4e-3\n[balance]\nload_balancing = 0.01\nz = 0.001\n";
+    assert_eq!(recipe.difference(&parse(&(short(written) + rest)).unwrap()), None);
 }
 
 /// What a checkpoint stores is the recipe, to the last digit.

@@ -33,6 +33,7 @@ impl Workshop {
         let root = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(root.path().join("train.txt"), invented_text(600, 1)).expect("a text");
         std::fs::write(root.path().join("valid.txt"), invented_text(100, 99)).expect("a text");
+        std::fs::write(root.path().join("other.txt"), invented_text(80, 77)).expect("a text");
         Self { root }
     }
 
@@ -103,7 +104,8 @@ pub fn bits(trainer: &Trainer) -> Vec<u32> {
     let weights = trainer.model().params().into_iter().flat_map(|param| param.value().data().to_vec());
     let moments = trainer.optimizer().moments().iter();
     let moments = moments.flat_map(|moments| [moments.first.to_vec(), moments.second.to_vec()].concat());
-    weights.chain(moments).map(f32::to_bits).collect()
+    let average = trainer.learner().average.iter().flat_map(|average| average.weights().iter().map(|w| w.to_vec()));
+    weights.chain(moments).chain(average.flatten()).map(f32::to_bits).collect()
 }
 
 /// The metrics without what a clock decides.

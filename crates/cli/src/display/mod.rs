@@ -1,19 +1,26 @@
 //! The view of a training run: a live display on a terminal, plain lines elsewhere.
 
+mod blocks;
+
 use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use moebius_train::metrics::{LayerLoad, StepRecord};
+use moebius_train::collapse::CollapseRecord;
+use moebius_train::metrics::{LayerLoad, StepRecord, ValidationRecord};
 use moebius_train::progress::{DataFacts, RunFacts};
+use moebius_train::spikes::SpikeRecord;
 use moebius_train::{Event, Progress};
 
 use crate::output::{self, count};
 
 /// Speed and time left come from this many recent steps.
 const RECENT_STEPS: usize = 50;
+
+/// Lines of the loss curve.
+const CURVE_ROWS: usize = 5;
 
 /// Plain lines about steps come at most this often.
 const BETWEEN_LINES: Duration = Duration::from_secs(5);
@@ -46,6 +53,8 @@ pub struct Display {
     facts: Option<RunFacts>,
     validation_loss: Option<f64>,
     recent_seconds: VecDeque<f64>,
+    /// All losses of this process's steps, for the curve.
+    losses: Vec<f64>,
     last_line: Option<Instant>,
 }
 
@@ -57,6 +66,7 @@ impl Display {
             facts: None,
             validation_loss: None,
             recent_seconds: VecDeque::new(),
+            losses: Vec::new(),
             last_line: None,
         }
     }
@@ -101,18 +111,32 @@ impl Display {
         if self.recent_seconds.len() > RECENT_STEPS {
             self.recent_seconds.pop_front();
         }
+        self.losses.push(record.loss);
         let Some(facts) = self.facts else { return };
         let state = self.state(record, &facts);
         if let Some(bar) = live_part() {
             bar.set_position(record.step);
-            bar.set_message(state);
+            bar.set_message(self.picture(record, &state));
         } else if record.step == facts.steps || self.last_line.is_none_or(|last| last.elapsed() >= BETWEEN_LINES) {
             self.last_line = Some(Instant::now());
-            output::note(&format!("step {}/{}  {state}", record.step, facts.steps));
+            let load = load(&record.load).map_or_else(String::new, |load| format!("  {load}"));
+            output::note(&format!("step {}/{}  {state}{load}", record.step, facts.steps));
         }
     }
 
-    /// Loss, validation loss, speed, time left, load of the experts.
+    /// The live part below the bar: figures, the curve of the loss, each layer's load. As much of it as the terminal has
+    /// room for.
+    fn picture(&self, record: &StepRecord, state: &str) -> String {
+        let (height, width) = console_size();
+        let mut lines = vec![state.to_owned()];
+        lines.extend(blocks::curve(&self.losses, width.saturating_sub(12).min(100), CURVE_ROWS));
+        lines.extend(blocks::loads(&record.load));
+        lines.truncate(height.saturating_sub(3).max(1));
+        let cut = |line: String| line.chars().take(width.saturating_sub(1)).collect::<String>();
+        lines.into_iter().map(cut).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Loss, validation loss, speed, time left.
     fn state(&self, record: &StepRecord, facts: &RunFacts) -> String {
         let per_step = self.recent_seconds.iter().sum::<f64>() / self.recent_seconds.len() as f64;
         let left = per_step * facts.steps.saturating_sub(record.step) as f64;
@@ -122,7 +146,6 @@ impl Display {
         }
         parts.push(format!("{} tokens/s", count((facts.tokens_per_step as f64 / per_step) as usize)));
         parts.push(format!("{} left", duration(left)));
-        parts.extend(load(&record.load));
         parts.join("  ")
     }
 }
@@ -135,13 +158,16 @@ impl Progress for Display {
             Event::Started(facts) => self.started(facts),
             Event::Step(record) => self.step(record),
             Event::Validation { record, best } => {
-                self.validation_loss = Some(record.loss);
-                let mark = if *best { ", the best so far" } else { "" };
-                line(&format!(
-                    "step {}: validation loss {:.4}, {:.4} bits a byte{mark}",
-                    record.step, record.loss, record.bits_per_byte
-                ));
+                self.validation_loss = Some(record.score.loss);
+                line(&validation(record, *best));
             }
+            Event::Spike(spike) => line(&spike_line(spike)),
+            Event::Collapse(collapse) => line(&collapse_line(collapse)),
+            Event::Sample(sample) => {
+                let text = format!("{:?}", format!("{}{}", sample.prompt, sample.text));
+                line(&format!("step {}: writes {text}", sample.step));
+            }
+            Event::EarlyStop { step } => line(&format!("step {step}: validation no longer improves: the run ends")),
             Event::Saved { step, path } => line(&format!("step {step}: saved {}", path.display())),
             Event::Exported { step, path } => {
                 line(&format!("the weights of step {step} are the model in {}", path.display()));
@@ -162,22 +188,58 @@ fn data(facts: &DataFacts) -> String {
     )
 }
 
-/// How evenly the experts of the least even layer are loaded: a bar for each expert, full height for the busiest.
+/// Lines and columns of the terminal.
+fn console_size() -> (usize, usize) {
+    let (height, width) = console::Term::stderr().size();
+    (usize::from(height), usize::from(width))
+}
+
+fn validation(record: &ValidationRecord, best: bool) -> String {
+    let score = &record.score;
+    let mut text =
+        format!("step {}: validation loss {:.4}, {:.4} bits a byte", record.step, score.loss, score.bits_per_byte);
+    if let Some(average) = &record.average {
+        text.push_str(&format!(", with averaged weights {:.4}", average.loss));
+    }
+    for (name, score) in &record.sets {
+        text.push_str(&format!(", {name} {:.4}", score.loss));
+    }
+    if best {
+        text.push_str(", the best so far");
+    }
+    text
+}
+
+fn spike_line(spike: &SpikeRecord) -> String {
+    let what = match (spike.loss, spike.deviations) {
+        (Some(loss), Some(deviations)) => {
+            format!("loss spike {loss:.4}, usual are {:.4}, {deviations:.0} deviations below", spike.usual)
+        }
+        _ => "loss or gradient is no number".to_owned(),
+    };
+    let then = match spike.back_to {
+        Some(step) => format!("; back to the checkpoint of step {step}, the data up to here are skipped"),
+        None => String::new(),
+    };
+    format!("step {}: {what}{then}", spike.step)
+}
+
+fn collapse_line(collapse: &CollapseRecord) -> String {
+    let dead = match collapse.dead.len() {
+        0 => String::new(),
+        dead => format!(", {dead} of them dead"),
+    };
+    format!(
+        "step {}: layer {} has collapsed: {:.1} experts in effect of {}{dead}, half of all goes to {:?}; {}",
+        collapse.step, collapse.layer, collapse.effective_experts, collapse.experts, collapse.busiest, collapse.advice
+    )
+}
+
+/// The load of the least even layer.
 fn load(layers: &[LayerLoad]) -> Option<String> {
-    const HEIGHTS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    const MOST_BARS: usize = 16;
     let worst = layers.iter().enumerate().max_by(|a, b| a.1.max_violation.total_cmp(&b.1.max_violation));
     let (layer, worst) = worst?;
-    let busiest = worst.counts.iter().copied().max().filter(|&busiest| busiest > 0)?;
-    let height = |&load: &u64| HEIGHTS[(load * 7).div_ceil(busiest) as usize];
-    let bars: String = if worst.counts.len() <= MOST_BARS {
-        worst.counts.iter().map(height).collect::<String>() + " "
-    } else {
-        String::new()
-    };
-    let idle = worst.dead_experts;
-    let idle = if idle > 0 { format!(", {idle} idle") } else { String::new() };
-    Some(format!("load {bars}busiest {:.2}x the mean (layer {layer}{idle})", 1.0 + worst.max_violation))
+    Some(format!("load {} {} (layer {layer})", blocks::bars(&worst.counts), blocks::figures(worst)))
 }
 
 /// `45s`, `3m20s`, `2h05m`.
