@@ -128,3 +128,44 @@ impl<'m> Session<'m> {
         Ok(logits.data().chunks_exact(model.config.vocab_size).map(<[f32]>::to_vec).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moebius_model::config::{LayerConfig, Mamba, Mixer};
+    use moebius_model::{ModelConfig, Silent, UniformDecoder};
+
+    /// A layer of attention, then one with a state.
+    fn model() -> Model {
+        let uniform = UniformDecoder { vocab_size: 32, hidden: 32, head_dim: 8, ..UniformDecoder::default() }.config();
+        let mamba = Mamba { width: 64, states: 4, taps: 3, rank: 2, convolution_bias: true, projection_bias: false };
+        let state = LayerConfig { mixer: Mixer::Mamba(mamba), ffn: uniform.layers[0].ffn };
+        let config = ModelConfig { layers: vec![uniform.layers[0].clone(), state], ..uniform };
+        Model::new(&config, 7).unwrap()
+    }
+
+    #[test]
+    fn a_state_cannot_go_back_and_what_follows_is_the_same() {
+        let model = model();
+        let fresh = |tokens: &[u32]| Session::new(&model, Precision::F32).read(tokens, &mut Silent).unwrap();
+        let mut session = Session::new(&model, Precision::F32);
+        assert_eq!(session.read(&[1, 2, 3, 4], &mut Silent).unwrap(), fresh(&[1, 2, 3, 4]));
+        // Nothing to forget: everything stays.
+        assert_eq!(session.rewind(4), 4);
+        assert_eq!(session.read(&[5], &mut Silent).unwrap(), fresh(&[1, 2, 3, 4, 5]));
+        // Anything to forget: all goes, and is read again by whoever wants it.
+        assert_eq!(session.rewind(2), 0);
+        assert_eq!(session.read(&[1, 2, 9], &mut Silent).unwrap(), fresh(&[1, 2, 9]));
+    }
+
+    #[test]
+    fn a_refused_pass_leaves_the_sequence_where_it_was() {
+        let model = model();
+        let mut session = Session::new(&model, Precision::F32);
+        session.read(&[1, 2], &mut Silent).unwrap();
+        assert!(session.read(&[3, 99], &mut Silent).is_err());
+        assert_eq!(session.tokens(), [1, 2]);
+        let wanted = Session::new(&model, Precision::F32).read(&[1, 2, 3], &mut Silent).unwrap();
+        assert_eq!(session.read(&[3], &mut Silent).unwrap(), wanted);
+    }
+}

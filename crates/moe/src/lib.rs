@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod balance;
+mod capacity;
 mod error;
 mod experts;
 pub mod grouped;
@@ -20,6 +21,7 @@ pub mod routers;
 mod statistics;
 
 pub use balance::{load_balancing_loss, z_loss};
+pub use capacity::limit_by_sequence;
 pub use error::MoeError;
 pub use experts::ExpertBank;
 pub use head_bank::HeadBank;

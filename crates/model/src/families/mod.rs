@@ -18,7 +18,7 @@ mod qwen3_next;
 mod shared;
 
 use crate::{ModelConfig, ModelError};
-use keys::Keys;
+pub(crate) use keys::Keys;
 use serde_json::{Map, Value};
 use std::ops::Range;
 

@@ -65,6 +65,14 @@ impl Golden {
         names.into_iter().map(case).collect()
     }
 
+    /// Rows of tokens.
+    ///
+    /// # Errors
+    /// That they are missing, or none of the model's.
+    pub fn token_rows(&self, name: &str, vocabulary: usize) -> anyhow::Result<Vec<Vec<u32>>> {
+        read_tokens(&self.expected, name, vocabulary)
+    }
+
     /// An expected quantity, if the folder has it.
     ///
     /// # Errors
