@@ -30,6 +30,7 @@ pub(crate) struct DeltaMixer {
 
 /// What makes queries, keys and values, output gates, betas and decays.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few of them in a model, beside megabytes of weights")]
 enum Projections {
     /// `[mixed_width + value_width, hidden]` and `[2 * value_heads, hidden]`; each key head's parts stand together.
     ByHead { qkvz: Param, ba: Param },

@@ -45,6 +45,7 @@ struct Attention {
 
 /// One network, or experts of which each token has one.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few of them in a model, beside megabytes of weights")]
 enum Network {
     /// `[width, hidden]` and `[hidden, width]`.
     Dense([Param; 2]),

@@ -13,7 +13,7 @@ use super::report::{Report, Worst};
 /// transformers' recorder hears it twice.
 fn counted<'r>(model: &Model, routing: &'r [Routing]) -> Vec<&'r Routing> {
     let twice = model.config.layers.iter().any(|layer| matches!(layer.mixer, Mixer::HeadMixture(_)));
-    let times = |index: usize| if twice && index % 2 == 0 { 2 } else { 1 };
+    let times = |index: usize| if twice && index.is_multiple_of(2) { 2 } else { 1 };
     routing.iter().enumerate().flat_map(|(index, routing)| std::iter::repeat_n(routing, times(index))).collect()
 }
 
