@@ -1,7 +1,7 @@
 //! [`KvCache`]: what a model remembers of what a sequence has read, layer by layer.
 
 use crate::ModelConfig;
-use crate::config::{AttentionConfig, DeltaNet, HeadMixture, Mamba, Mixer, ShortConvolution};
+use crate::config::{AttentionConfig, DeltaNet, HeadMixture, LayerConfig, Mamba, Mixer, ShortConvolution};
 use moebius_kernels::attention::{CacheFormat, LayerCache};
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::memory::Buffer;
@@ -19,6 +19,18 @@ pub(crate) enum LayerState {
     KeysValues(LayerCache),
     /// Numbers that stand for all positions together.
     Recurrent(RecurrentState),
+    /// Keys and values of the tokens that went through the layer, and none of those that went around it.
+    Selected(SelectedKeys),
+}
+
+/// What a layer with a router around it holds.
+#[derive(Clone, Debug)]
+pub(crate) struct SelectedKeys {
+    cache: LayerCache,
+    /// Of each token in the cache, rising.
+    positions: Vec<u32>,
+    /// Positions read, with those that went around.
+    read: usize,
 }
 
 /// A state that each token replaces; it knows no earlier one.
@@ -30,6 +42,27 @@ pub(crate) struct RecurrentState {
 }
 
 impl LayerState {
+    /// The state of a layer that tokens may go around.
+    fn selecting(mixer: &Mixer, hidden: usize, format: CacheFormat) -> Self {
+        match Self::new(mixer, hidden, format) {
+            Self::KeysValues(cache) => Self::Selected(SelectedKeys { cache, positions: Vec::new(), read: 0 }),
+            other => other,
+        }
+    }
+
+    /// Notes that `rows` more positions were read, of which those at `positions` went through.
+    pub(crate) fn note(&mut self, positions: &[u32], rows: usize) {
+        match self {
+            Self::Selected(selected) => {
+                selected.positions.extend_from_slice(positions);
+                selected.read += rows;
+            }
+            // Those that went through are counted already.
+            Self::Recurrent(state) => state.positions += rows - positions.len(),
+            Self::KeysValues(_) => {}
+        }
+    }
+
     fn new(mixer: &Mixer, hidden: usize, format: CacheFormat) -> Self {
         match mixer {
             Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. })
@@ -48,13 +81,14 @@ impl LayerState {
         match self {
             Self::KeysValues(cache) => cache.len(),
             Self::Recurrent(state) => state.positions,
+            Self::Selected(selected) => selected.read,
         }
     }
 
     /// The fewest positions that it can go back to, from where it is.
     fn earliest(&self) -> usize {
         match self {
-            Self::KeysValues(_) => 0,
+            Self::KeysValues(_) | Self::Selected(_) => 0,
             Self::Recurrent(state) => state.positions,
         }
     }
@@ -63,6 +97,12 @@ impl LayerState {
         match self {
             Self::KeysValues(cache) => cache.truncate(positions),
             Self::Recurrent(_) => {} // `earliest` lets it come to nothing but where it is.
+            Self::Selected(selected) => {
+                let kept = selected.positions.partition_point(|&position| (position as usize) < positions);
+                selected.cache.truncate(kept);
+                selected.positions.truncate(kept);
+                selected.read = selected.read.min(positions);
+            }
         }
     }
 
@@ -74,6 +114,7 @@ impl LayerState {
         match self {
             Self::KeysValues(cache) => cache,
             Self::Recurrent(_) => panic!("keys and values of a mixer that has none"),
+            Self::Selected(selected) => &mut selected.cache,
         }
     }
 
@@ -84,7 +125,7 @@ impl LayerState {
     fn part(&mut self, part: usize) -> &mut [f32] {
         match self {
             Self::Recurrent(state) => &mut state.parts[part],
-            Self::KeysValues(_) => panic!("a carried state of a mixer that has none"),
+            Self::KeysValues(_) | Self::Selected(_) => panic!("a carried state of a mixer that has none"),
         }
     }
 
@@ -104,9 +145,11 @@ pub(crate) fn carried<'a>(states: &'a mut Option<&mut [&mut LayerState]>, part: 
 impl KvCache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig, format: CacheFormat) -> Self {
-        Self {
-            layers: config.layers.iter().map(|layer| LayerState::new(&layer.mixer, config.hidden, format)).collect(),
-        }
+        let state = |(index, layer): (usize, &LayerConfig)| match &config.depths {
+            Some(depths) if depths.applies(index) => LayerState::selecting(&layer.mixer, config.hidden, format),
+            _ => LayerState::new(&layer.mixer, config.hidden, format),
+        };
+        Self { layers: config.layers.iter().enumerate().map(state).collect() }
     }
 
     /// What goes with products in a precision: keys and values are held as exactly as they are made.

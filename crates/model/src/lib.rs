@@ -24,6 +24,7 @@ mod head_mixture;
 mod layer;
 mod loss;
 mod mamba;
+mod methods;
 mod mixer;
 mod norm;
 mod observer;
@@ -33,6 +34,7 @@ mod running;
 pub mod safetensors;
 pub mod shapes;
 mod short_convolution;
+pub mod vision;
 mod weights;
 
 pub use batch::Batch;

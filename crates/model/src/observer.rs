@@ -1,6 +1,7 @@
 //! [`Observer`]: looks on while a model computes.
 
 use moebius_moe::Routing;
+use moebius_moe::routers::DepthDecision;
 use moebius_tensor::Var;
 
 /// Sees hidden states and routing as they are made. Every method does nothing unless written anew.
@@ -18,6 +19,11 @@ pub trait Observer {
     /// What the router of a layer's mixer decided, where attention heads are experts.
     fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
         let _ = (layer, routing);
+    }
+
+    /// Which tokens went through a layer that the others went around.
+    fn depth(&mut self, layer: usize, decision: &DepthDecision) {
+        let _ = (layer, decision);
     }
 }
 

@@ -84,6 +84,8 @@ impl UniformDecoder<'_> {
             last_norm: None,
             norm_place: NormPlace::Before,
             scales: Scales::default(),
+            routing: None,
+            depths: None,
             tie_embeddings: self.tie_embeddings,
             router_aux_loss_coef: 0.0,
             bos_token: None,

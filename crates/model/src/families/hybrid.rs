@@ -87,6 +87,8 @@ pub(super) fn config(
         last_norm: None,
         norm_place: NormPlace::Before,
         scales: Scales::default(),
+        routing: None,
+        depths: None,
         tie_embeddings: keys.flag("tie_word_embeddings", tied)?,
         router_aux_loss_coef: 0.0,
         bos_token: keys.token_ids("bos_token_id")?.first().copied(),

@@ -9,6 +9,7 @@ mod lfm2_moe;
 mod llama;
 mod mistral;
 mod mixtral;
+mod moebius;
 mod olmoe;
 mod qwen2;
 mod qwen3;
@@ -58,6 +59,7 @@ pub fn all() -> &'static [Family] {
         llama::FAMILY,
         mistral::FAMILY,
         mixtral::FAMILY,
+        moebius::FAMILY,
         olmoe::FAMILY,
         qwen2::FAMILY,
         qwen3::FAMILY,

@@ -1,20 +1,17 @@
 //! Case `a` backwards: the balance loss and the gradient of the loss by every weight.
 
 use moebius_kernels::gemm::Precision;
-use moebius_model::config::Mixer;
-use moebius_model::{Batch, LossSettings, Model, named_tensors};
+use moebius_model::{Batch, Loss, LossSettings, Model, named_tensors};
 use moebius_moe::{Routing, load_balancing_loss};
 use moebius_tensor::{Gradients, Graph};
 
 use super::golden::{Case, Golden};
 use super::report::{Report, Worst};
 
-/// The routings that the reference pools: where attention heads are experts too, each layer's router of them comes first, and
-/// transformers' recorder hears it twice.
-fn counted<'r>(model: &Model, routing: &'r [Routing]) -> Vec<&'r Routing> {
-    let twice = model.config.layers.iter().any(|layer| matches!(layer.mixer, Mixer::HeadMixture(_)));
-    let times = |index: usize| if twice && index.is_multiple_of(2) { 2 } else { 1 };
-    routing.iter().enumerate().flat_map(|(index, routing)| std::iter::repeat_n(routing, times(index))).collect()
+/// The routings that the reference pools: where attention heads are experts too, transformers' recorder hears their routers
+/// twice.
+fn counted(loss: &Loss) -> Vec<&Routing> {
+    loss.mixer_routing.iter().flat_map(|routing| [routing, routing]).chain(&loss.routing).collect()
 }
 
 /// Compares with `aux.json` and `grads.safetensors`, as far as the folder has them.
@@ -31,7 +28,7 @@ pub fn check(model: &Model, golden: &Golden, case: &Case, report: &mut Report) -
         let loss = model.loss(&graph, &batch, &case.next_tokens(), &LossSettings::default())?;
         if let Some(wanted) = wanted_balance.and_then(|balance| balance.aux_loss) {
             // The reference pools the layers; our training balances each by itself.
-            let pooled = load_balancing_loss(&graph, &counted(model, &loss.routing));
+            let pooled = load_balancing_loss(&graph, &counted(&loss));
             balance.compare("aux_loss", &[wanted], pooled.data());
         }
         if let Some(wanted) = wanted_gradients {
