@@ -23,3 +23,5 @@ mod simd;
 mod tasks;
 #[cfg(test)]
 mod testing;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
