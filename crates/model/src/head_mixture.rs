@@ -40,6 +40,7 @@ impl MixedAttention {
             head_dim,
             scale: config.scale as f32,
             window: None,
+            bidirectional: false,
         };
         weights.within("heads.", |weights| {
             let score = weights.get("router", &[n_experts, hidden])?;
