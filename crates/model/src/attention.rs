@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// One layer's attention.
 #[derive(Debug)]
 pub(crate) struct Attention {
-    /// `[n_heads * head_dim, hidden]`.
+    /// `[n_heads * head_dim, hidden]`; gated, each head's rows are its query's, then its gate's.
     q: Param,
     /// `[n_kv_heads * head_dim, hidden]`.
     k: Param,
@@ -32,8 +32,8 @@ pub(crate) struct Attention {
     config: AttentionConfig,
     shape: AttentionShape,
     rotation: Option<Arc<RotaryAngles>>,
-    /// Added to the mean square in the norms of queries and keys.
-    eps: f32,
+    /// Added to the weights and to the mean square in the norms of queries and keys.
+    norm: [f32; 2],
 }
 
 impl Attention {
@@ -48,7 +48,7 @@ impl Attention {
         let rotation = config.rope.as_ref().map(|rope| weights.rotations.of(rope));
         weights.within("attention.", |weights| {
             Ok(Self {
-                q: weights.get("q", &[queries, hidden])?,
+                q: weights.get("q", &[if config.gated { 2 * queries } else { queries }, hidden])?,
                 k: weights.get("k", &[keys, hidden])?,
                 v: weights.get("v", &[keys, hidden])?,
                 o: weights.get("o", &[hidden, queries])?,
@@ -69,7 +69,7 @@ impl Attention {
                 config: config.clone(),
                 shape: shape(config),
                 rotation,
-                eps: model.norm.eps() as f32,
+                norm: [model.norm.offset(), model.norm.eps() as f32],
             })
         })
     }
@@ -92,6 +92,7 @@ impl Attention {
             (q, k) = (ops::add_bias(g, &q, q_bias)?, ops::add_bias(g, &k, k_bias)?);
             v = ops::add_bias(g, &v, v_bias)?;
         }
+        let gate = if self.config.gated { Some(split_gate(g, shape.head_dim, &mut q)?) } else { None };
         let is_turned_first = matches!(self.config.qk_norm, QkNorm::HeadTurned | QkNorm::UnitTurned);
         if !is_turned_first {
             (q, k) = self.normed(g, q, k)?;
@@ -111,10 +112,13 @@ impl Attention {
             let factors = batch.positions.iter().map(|&position| temperature.at(position)).collect();
             q = ops::scale_rows_by(g, &q, factors)?;
         }
-        let attended = match states {
+        let mut attended = match states {
             None => ops::attention_with_sinks(g, [&q, &k, &v], self.sinks.as_ref(), shape, &batch.starts)?,
             Some(states) => attend_cached(shape, &q, [k.data(), v.data()], self.sinks.as_ref(), batch, states),
         };
+        if let Some(gate) = gate {
+            attended = ops::multiply(g, &attended, &ops::sigmoid(g, &gate))?;
+        }
         let answer = ops::linear(g, &attended, &self.o)?;
         Ok(match &self.o_bias {
             None => answer,
@@ -125,13 +129,14 @@ impl Attention {
     /// Queries and keys normed as the configuration says.
     fn normed<'p>(&'p self, g: &Graph<'p>, q: Var, k: Var) -> Result<(Var, Var), ModelError> {
         if self.config.qk_norm == QkNorm::UnitTurned {
-            let unit = |x: &Var| ops::unit_rms_norm(g, x, self.shape.head_dim, self.eps);
+            let unit = |x: &Var| ops::unit_rms_norm(g, x, self.shape.head_dim, self.norm[1]);
             return Ok((unit(&q)?, unit(&k)?));
         }
         match &self.norms {
             None => Ok((q, k)),
             Some([q_norm, k_norm]) => {
-                Ok((ops::rms_norm(g, &q, q_norm, self.eps)?, ops::rms_norm(g, &k, k_norm, self.eps)?))
+                let normed = |x: &Var, weight: &'p Param| ops::rms_norm_plus(g, x, weight, self.norm[0], self.norm[1]);
+                Ok((normed(&q, q_norm)?, normed(&k, k_norm)?))
             }
         }
     }
@@ -155,6 +160,13 @@ impl Temperature {
         let step = ((position as f32 + 1.0) / self.floor as f32).floor();
         step.ln_1p() * self.scale as f32 + 1.0
     }
+}
+
+/// Takes the gates out of projected queries; both are `[tokens, n_heads * head_dim]` then.
+fn split_gate<'p>(g: &Graph<'p>, head_dim: usize, q: &mut Var) -> Result<Var, ModelError> {
+    let gate = ops::columns(g, q, 2 * head_dim, head_dim..2 * head_dim)?;
+    *q = ops::columns(g, q, 2 * head_dim, 0..head_dim)?;
+    Ok(gate)
 }
 
 fn shape(config: &AttentionConfig) -> AttentionShape {

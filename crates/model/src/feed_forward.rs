@@ -31,6 +31,8 @@ pub(crate) struct Network {
 pub(crate) struct Mixture {
     layer: Routed,
     shared: Option<Shared>,
+    /// `[hidden]`.
+    bias: Option<Param>,
 }
 
 /// A router and its experts.
@@ -134,6 +136,7 @@ impl Mixture {
         Ok(Self {
             layer: Routed::build(config, moe, weights)?,
             shared: shared.map(|shared| build_shared(weights, shared)).transpose()?,
+            bias: weights.get_if(moe.output_bias, "output_bias", &[hidden])?,
         })
     }
 
@@ -153,6 +156,9 @@ impl Mixture {
             }
             y = ops::add(g, &y, &answer)?;
         }
+        if let Some(bias) = &self.bias {
+            y = ops::add_bias(g, &y, bias)?;
+        }
         Ok((y, routing))
     }
 
@@ -165,6 +171,7 @@ impl Mixture {
             all.extend(network.params());
             all.extend(gate);
         }
+        all.extend(&self.bias);
         all
     }
 
@@ -177,6 +184,7 @@ impl Mixture {
             all.extend(network.params_mut());
             all.extend(gate);
         }
+        all.extend(&mut self.bias);
         all
     }
 }

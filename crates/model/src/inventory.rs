@@ -100,7 +100,6 @@ impl ModelConfig {
             let elements = shape.iter().map(|&n| n as u64).product::<u64>();
             let chosen = layer.ffn.moe().map_or(0, |moe| elements / moe.n_experts as u64 * moe.router.top_k as u64);
             match name.split_once('.') {
-                Some(("attention", _)) => sum.mixers += elements,
                 Some(("mlp", _)) => sum.dense += elements,
                 Some(("moe", part)) if part.starts_with("shared.") => sum.shared_experts += elements,
                 Some(("moe", "router" | "router_bias" | "selection_bias")) => sum.routers += elements,
@@ -108,7 +107,8 @@ impl ModelConfig {
                     sum.experts += elements;
                     sum.chosen_experts += chosen;
                 }
-                _ => sum.norms += elements,
+                Some(_) => sum.mixers += elements,
+                None => sum.norms += elements,
             }
             // Of the shape, nothing is needed but that it is one.
             Ok(Param::shaped(name, shape))
@@ -134,6 +134,8 @@ impl ModelConfig {
             }
             Mixer::Attention(_) => 0,
             Mixer::Latent(latent) => 2 * (latent.n_heads * (2 * latent.kv_rank + latent.rope_dim)) as u64,
+            Mixer::HeadMixture(mixture) => 4 * (mixture.router.top_k * mixture.n_kv_heads * mixture.head_dim) as u64,
+            Mixer::DeltaNet(_) | Mixer::ShortConvolution(_) | Mixer::Mamba(_) => 0,
         };
         Ok([2 * self.inventory()?.multiplied(), self.layers.iter().map(seen).sum()])
     }

@@ -117,11 +117,16 @@ pub(crate) fn is_matrix(param: &str, shape: &[usize]) -> bool {
 }
 
 /// What the names of matrices end in.
-const MATRICES: [&str; 15] = [
+const MATRICES: [&str; 20] = [
     "q",
     "k",
     "v",
     "o",
+    "qkv",
+    "qkvz",
+    "kv",
+    "z",
+    "in",
     "gate_up",
     "down",
     "embedding",

@@ -98,9 +98,8 @@ fn a_mistral_comes_back_as_what_llama_cpp_knows() {
     assert_eq!(Checkpoint::open(&path).unwrap().config().family, "llama");
     let mut windowed = model;
     for layer in &mut windowed.config.layers {
-        if let Mixer::Attention(attention) = &mut layer.mixer {
-            attention.reach = Reach::Window(8);
-        }
+        let Mixer::Attention(attention) = &mut layer.mixer else { unreachable!("a llama") };
+        attention.reach = Reach::Window(8);
     }
     let error = write_model(&path, &windowed, &settings(Format::F16)).unwrap_err().to_string();
     assert!(error.ends_with("`sliding_window`: wanted none for the architecture llama, found 8"), "{error}");

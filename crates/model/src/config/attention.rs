@@ -1,6 +1,6 @@
 //! Token mixers: attention in its forms.
 
-use super::Rope;
+use super::{DeltaNet, HeadMixture, Mamba, Rope, ShortConvolution};
 
 /// What carries numbers from token to token.
 #[derive(Clone, Debug, PartialEq)]
@@ -9,6 +9,14 @@ pub enum Mixer {
     Attention(AttentionConfig),
     /// Multi-head latent attention.
     Latent(LatentConfig),
+    /// Softmax attention whose query heads are experts.
+    HeadMixture(HeadMixture),
+    /// Linear attention by the gated delta rule.
+    DeltaNet(DeltaNet),
+    /// A gated convolution over a few tokens.
+    ShortConvolution(ShortConvolution),
+    /// A selective state space.
+    Mamba(Mamba),
 }
 
 impl Mixer {
@@ -16,7 +24,9 @@ impl Mixer {
     pub fn attention(&self) -> Option<&AttentionConfig> {
         match self {
             Self::Attention(attention) => Some(attention),
-            Self::Latent(_) => None,
+            Self::Latent(_) | Self::HeadMixture(_) | Self::DeltaNet(_) | Self::ShortConvolution(_) | Self::Mamba(_) => {
+                None
+            }
         }
     }
 }
@@ -50,6 +60,9 @@ pub struct AttentionConfig {
     pub soft_cap: Option<f64>,
     /// What queries are multiplied with, by their position.
     pub temperature: Option<Temperature>,
+    /// Whether what a head has read is multiplied with the logistic function of a projection of the token, which is stored
+    /// behind the head's query (Qwen3-Next).
+    pub gated: bool,
 }
 
 /// Queries are multiplied with `1 + scale · ln(1 + ⌊(position + 1) / floor⌋)` (Nakanishi 2025, as Llama 4 does where

@@ -36,6 +36,8 @@ pub struct MoeFfn {
     pub router: RouterSettings,
     /// What every token passes besides.
     pub shared: Option<SharedExperts>,
+    /// Whether a bias is added to the experts' sum (JetMoE).
+    pub output_bias: bool,
 }
 
 /// A network beside the chosen experts that every token passes; published models count it as several experts.
@@ -60,7 +62,7 @@ impl Ffn {
 
     /// SwiGLU experts behind a router, and what every token passes besides.
     pub fn moe_with(n_experts: usize, width: usize, router: RouterSettings, shared: Option<SharedExperts>) -> Self {
-        Self::Moe(MoeFfn { n_experts, width, gate: Gate::Silu, bias: false, router, shared })
+        Self::Moe(MoeFfn { n_experts, width, gate: Gate::Silu, bias: false, router, shared, output_bias: false })
     }
 
     /// The experts, if it has some.

@@ -4,6 +4,7 @@
 mod attention;
 mod feed_forward;
 mod position;
+mod recurrent;
 mod uniform;
 mod validate;
 
@@ -11,6 +12,7 @@ pub use attention::{AttentionConfig, LatentConfig, Mixer, QkNorm, Reach, Tempera
 pub use feed_forward::{DenseFfn, Ffn, MoeFfn, SharedExperts};
 pub use moebius_kernels::gates::Gate;
 pub use position::{Rope, RopePairs, RopeScaling, Yarn};
+pub use recurrent::{DeltaNet, DeltaProjections, HeadMixture, Mamba, ShortConvolution};
 pub use uniform::UniformDecoder;
 pub(crate) use validate::check_layer_count;
 
@@ -31,6 +33,8 @@ pub struct ModelConfig {
     pub max_positions: usize,
     /// The norms of the residual stream, those of layers and the last.
     pub norm: Norm,
+    /// The last norm, where it is another one (JetMoE).
+    pub last_norm: Option<Norm>,
     /// Where in a layer they stand.
     pub norm_place: NormPlace,
     /// Constant factors.
@@ -109,13 +113,26 @@ pub enum Norm {
         /// Whether it has a bias.
         bias: bool,
     },
+    /// As `Rms`, times one plus the weight (Gemma, Qwen3-Next).
+    RmsFromOne {
+        /// Added to the mean square.
+        eps: f64,
+    },
 }
 
 impl Norm {
     /// What is added to the mean square, or the variance.
     pub fn eps(self) -> f64 {
         match self {
-            Self::Rms { eps } | Self::Layer { eps, .. } => eps,
+            Self::Rms { eps } | Self::RmsFromOne { eps } | Self::Layer { eps, .. } => eps,
+        }
+    }
+
+    /// What is added to the weights of an RMSNorm.
+    pub(crate) fn offset(self) -> f32 {
+        match self {
+            Self::Rms { .. } | Self::Layer { .. } => 0.0,
+            Self::RmsFromOne { .. } => 1.0,
         }
     }
 }

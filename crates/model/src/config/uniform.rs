@@ -76,6 +76,7 @@ impl UniformDecoder<'_> {
             sinks: false,
             soft_cap: None,
             temperature: None,
+            gated: false,
         };
         let layer = LayerConfig { mixer: Mixer::Attention(attention), ffn: self.ffn };
         ModelConfig {
@@ -85,6 +86,7 @@ impl UniformDecoder<'_> {
             layers: vec![layer; self.n_layers],
             max_positions: self.max_positions,
             norm: Norm::Rms { eps: self.rms_eps },
+            last_norm: None,
             norm_place: NormPlace::Before,
             scales: Scales::default(),
             routing: None,

@@ -60,7 +60,7 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
         limit: keys.number("swiglu_limit", 7.0)? as f32,
     };
     let (n_experts, width) = (keys.size("num_local_experts")?, keys.size("intermediate_size")?);
-    let ffn = Ffn::Moe(MoeFfn { n_experts, width, gate, bias: true, router, shared: None });
+    let ffn = Ffn::Moe(MoeFfn { n_experts, width, gate, bias: true, router, shared: None, output_bias: false });
     let config = shared::read(keys, FAMILY.name, ffn, None, &DEFAULTS)?;
     let bias = keys.flag("attention_bias", true)?;
     let windowed = shared::read_layer_types(keys, config.n_layers(), |layer| layer % 2 == 0, "sliding_attention")?;

@@ -59,6 +59,7 @@ pub(super) fn read(
         scales: Scales::default(),
         tie_embeddings: keys.flag("tie_word_embeddings", false)?,
         head_bias: false,
+        last_norm: None,
         routing: None,
         depths: None,
         router_aux_loss_coef: 0.0,
@@ -72,7 +73,7 @@ pub(super) fn write(config: &ModelConfig) -> Map<String, Value> {
     let mut map = shared::write_common(config);
     let latent = config.layers.iter().find_map(|layer| match &layer.mixer {
         Mixer::Latent(latent) => Some(latent),
-        Mixer::Attention(_) => None,
+        _ => None,
     });
     let latent = latent.expect("a family of DeepSeek's kind has latent attention");
     for (key, size) in [

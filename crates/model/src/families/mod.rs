@@ -13,8 +13,12 @@ mod gpt_oss;
 mod granitemoe;
 mod granitemoeshared;
 mod hunyuan_v1_moe;
+mod hybrid;
+mod jamba;
+mod jetmoe;
 mod keys;
 mod latent;
+mod lfm2_moe;
 mod llama;
 mod llama4_text;
 mod minimax_m2;
@@ -26,14 +30,16 @@ mod phimoe;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
 mod rope;
 mod shared;
 mod tensor_map;
 mod tensors;
 
 use crate::{ModelConfig, ModelError};
-use keys::Keys;
+pub(crate) use keys::Keys;
 use serde_json::{Map, Value};
 pub(crate) use tensor_map::group_by_file;
 pub use tensor_map::{TensorMap, View};
@@ -67,6 +73,9 @@ pub fn all() -> &'static [Family] {
         granitemoe::FAMILY,
         granitemoeshared::FAMILY,
         hunyuan_v1_moe::FAMILY,
+        jamba::FAMILY,
+        jetmoe::FAMILY,
+        lfm2_moe::FAMILY,
         llama::FAMILY,
         llama4_text::FAMILY,
         minimax_m2::FAMILY,
@@ -78,7 +87,9 @@ pub fn all() -> &'static [Family] {
         qwen2::FAMILY,
         qwen2_moe::FAMILY,
         qwen3::FAMILY,
+        qwen3_5_moe::FAMILY,
         qwen3_moe::FAMILY,
+        qwen3_next::FAMILY,
     ]
 }
 

@@ -1,5 +1,6 @@
 //! What the families have in common: keys of Llama's kind.
 
+use super::TensorMap;
 use super::keys::Keys;
 use super::rope::{self, RopeDefaults};
 use crate::config::{AttentionConfig, DenseFfn, LayerConfig, Mixer, MoeFfn, SharedExperts, check_layer_count};
@@ -355,4 +356,93 @@ pub(super) fn write_common(config: &ModelConfig) -> Map<String, Value> {
         unreachable!("the literal is an object")
     };
     map
+}
+
+/// The tensors of grouped-query attention in Llama's naming.
+pub(super) fn attention_tensors(config: &AttentionConfig, hidden: usize, theirs: &str, ours: &str) -> Vec<TensorMap> {
+    let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
+    let (queries, keys) = (n_heads * head_dim, n_kv_heads * head_dim);
+    let stored = if config.gated { 2 * queries } else { queries };
+    let mut all = Vec::new();
+    for (letter, rows, cols) in
+        [("q", stored, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)]
+    {
+        all.push(matrix(&format!("{theirs}.{letter}_proj"), &format!("{ours}.{letter}"), rows, cols));
+    }
+    for (letter, width) in [("q", queries), ("k", keys), ("v", keys)].into_iter().filter(|_| config.qkv_bias) {
+        let (file_name, param) = (format!("{theirs}.{letter}_proj.bias"), format!("{ours}.{letter}_bias"));
+        all.push(TensorMap::whole(file_name, &[width], param, 0..1));
+    }
+    for (letter, heads) in [("q", n_heads), ("k", n_kv_heads)] {
+        if let Some(width) = config.qk_norm.width(heads, head_dim) {
+            all.push(vector(&format!("{theirs}.{letter}_norm"), &format!("{ours}.{letter}_norm"), width));
+        }
+    }
+    all
+}
+
+/// The tensors of a SwiGLU network in Llama's naming.
+pub(super) fn network_tensors(width: usize, hidden: usize, theirs: &str, ours: &str) -> Vec<TensorMap> {
+    let gate_up = format!("{ours}.gate_up");
+    vec![
+        part(&format!("{theirs}.gate_proj"), &gate_up, 0, width, hidden),
+        part(&format!("{theirs}.up_proj"), &gate_up, width, width, hidden),
+        matrix(&format!("{theirs}.down_proj"), &format!("{ours}.down"), hidden, width),
+    ]
+}
+
+/// What an expert's gate, up and down are called.
+pub(super) type ExpertNames = [&'static str; 3];
+
+/// The tensors of a router `gate` and of experts `experts.N`.
+pub(super) fn expert_tensors(
+    moe: &MoeFfn,
+    hidden: usize,
+    theirs: &str,
+    ours: &str,
+    names: ExpertNames,
+) -> Vec<TensorMap> {
+    let mut all = vec![matrix(&format!("{theirs}.gate"), &format!("{ours}.router"), moe.n_experts, hidden)];
+    all.extend(bank_tensors(moe, hidden, theirs, ours, names));
+    all
+}
+
+/// The tensors of experts `experts.N` alone.
+pub(super) fn bank_tensors(
+    moe: &MoeFfn,
+    hidden: usize,
+    theirs: &str,
+    ours: &str,
+    [gate, up, down]: ExpertNames,
+) -> Vec<TensorMap> {
+    let (n_experts, width) = (moe.n_experts, moe.width);
+    let mut all = Vec::new();
+    let (ours_gate_up, ours_down) = (format!("{ours}.gate_up"), format!("{ours}.down"));
+    for expert in 0..n_experts {
+        let theirs = |name: &str| format!("{theirs}.experts.{expert}.{name}");
+        all.push(part(&theirs(gate), &ours_gate_up, 2 * expert * width, width, hidden));
+        all.push(part(&theirs(up), &ours_gate_up, (2 * expert + 1) * width, width, hidden));
+        all.push(part(&theirs(down), &ours_down, expert * hidden, hidden, width));
+    }
+    all
+}
+
+/// What Qwen's kind calls an expert's matrices.
+pub(super) const PROJECTIONS: ExpertNames = ["gate_proj", "up_proj", "down_proj"];
+/// What Mixtral's kind calls them: w1 is the gate, w3 goes up, w2 goes down.
+pub(super) const NUMBERED: ExpertNames = ["w1", "w3", "w2"];
+
+/// A whole matrix.
+pub(super) fn matrix(theirs: &str, ours: &str, rows: usize, cols: usize) -> TensorMap {
+    part(theirs, ours, 0, rows, cols)
+}
+
+/// `rows` rows of a (stack of) matrices, from row `first` on.
+pub(super) fn part(theirs: &str, ours: &str, first: usize, rows: usize, cols: usize) -> TensorMap {
+    TensorMap::whole(format!("{theirs}.weight"), &[rows, cols], ours, first..first + rows)
+}
+
+/// A whole vector.
+pub(super) fn vector(theirs: &str, ours: &str, len: usize) -> TensorMap {
+    TensorMap::whole(format!("{theirs}.weight"), &[len], ours, 0..1)
 }

@@ -108,6 +108,8 @@ impl Names {
         all.extend(match &config.layers[layer].mixer {
             Mixer::Attention(attention) => self.attention(attention, config.hidden, &theirs_mixer, &ours_mixer),
             Mixer::Latent(latent) => latent_tensors(latent, config.hidden, &theirs_mixer, &ours_mixer),
+            // Families with other mixers name their tensors themselves.
+            _ => Vec::new(),
         });
         all.extend(norms(self.ffn_norms, "ffn"));
         all.extend(match &config.layers[layer].ffn {

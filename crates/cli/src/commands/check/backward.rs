@@ -2,12 +2,18 @@
 
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::select::top_k_rows;
-use moebius_model::{Batch, LossSettings, Model, named_tensors};
+use moebius_model::{Batch, Loss, LossSettings, Model, named_tensors};
 use moebius_moe::Routing;
 use moebius_tensor::{Gradients, Graph};
 
 use super::golden::{Case, Golden};
 use super::report::{Report, Worst};
+
+/// The routings that the reference pools: where attention heads are experts too, transformers' recorder hears their routers
+/// twice.
+fn counted(loss: &Loss) -> Vec<&Routing> {
+    loss.mixer_routing.iter().flat_map(|routing| [routing, routing]).chain(&loss.routing).collect()
+}
 
 /// Compares with `aux.json` and `grads.safetensors`, as far as the folder has them.
 ///
@@ -23,7 +29,7 @@ pub fn check(model: &Model, golden: &Golden, case: &Case, report: &mut Report) -
         let loss = model.loss(&graph, &batch, &case.next_tokens(), &LossSettings::default())?;
         if let Some(wanted) = wanted_balance.and_then(|balance| balance.aux_loss) {
             // The reference pools the layers; our training balances each by itself.
-            balance.compare("aux_loss", &[wanted], &[pooled_balance(&loss.routing, model)]);
+            balance.compare("aux_loss", &[wanted], &[pooled_balance(&counted(&loss), model)]);
         }
         if let Some(wanted) = wanted_gradients {
             let mut gradients = Gradients::new();
@@ -47,7 +53,7 @@ pub fn check(model: &Model, golden: &Golden, case: &Case, report: &mut Report) -
 
 /// The load-balancing loss as transformers computes it: E Σ f P over the rows of all layers together, f counting the most
 /// probable experts, whatever bias or group rule chose others.
-fn pooled_balance(layers: &[Routing], model: &Model) -> f32 {
+fn pooled_balance(layers: &[&Routing], model: &Model) -> f32 {
     let (Some((k, _)), Some(first)) = (model.experts(), layers.first()) else { return 0.0 };
     let experts = first.plan.n_experts();
     let (mut counts, mut sums, mut rows) = (vec![0.0f64; experts], vec![0.0f64; experts], 0);
