@@ -74,7 +74,7 @@ impl KvCache {
 
     /// Bytes that one position takes in a cache for this model, all layers together.
     pub fn position_bytes(config: &ModelConfig, format: CacheFormat) -> usize {
-        config.layers.iter().map(|layer| layer.mixer.position_numbers() * format.bytes()).sum()
+        config.layers.iter().map(|layer| layer.mixer.position_bytes(format)).sum()
     }
 
     /// Positions read.
@@ -108,10 +108,12 @@ impl KvCache {
 }
 
 impl Mixer {
-    /// Numbers that a cache holds for each position.
-    fn position_numbers(&self) -> usize {
+    /// Bytes that a cache holds for each position.
+    fn position_bytes(&self, format: CacheFormat) -> usize {
         match self {
-            Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => 2 * n_kv_heads * head_dim,
+            Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
+                2 * n_kv_heads * format.row_bytes(*head_dim)
+            }
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::config::{AttentionConfig, Mixer};
 use crate::{Batch, KvCache, Model, Observer};
+use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_moe::Routing;
 use moebius_tensor::Param;
@@ -112,7 +113,7 @@ impl Model {
         for layer in &self.config.layers {
             cost += match &layer.mixer {
                 Mixer::Attention(attention) => {
-                    attention_cost(attention, batch, KvCache::format_for(precision).bytes() as u64)
+                    attention_cost(attention, batch, KvCache::format_for(precision))
                 }
             };
         }
@@ -125,8 +126,8 @@ impl Model {
     }
 }
 
-/// What one layer's attention reads of keys and values of `bytes` a number, and computes on them.
-fn attention_cost(config: &AttentionConfig, batch: &Batch, bytes: u64) -> Cost {
+/// What one layer's attention reads of keys and values held in `format`, and computes on them.
+fn attention_cost(config: &AttentionConfig, batch: &Batch, format: CacheFormat) -> Cost {
     let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
     let window = config.reach.window().unwrap_or(usize::MAX);
     let seen = |position: u32| (position as usize + 1).min(window) as u64;
@@ -137,7 +138,7 @@ fn attention_cost(config: &AttentionConfig, batch: &Batch, bytes: u64) -> Cost {
         read += u64::from(last) + 1 - (u64::from(first) + 1 - seen(first));
         pairs += positions.iter().map(|&position| seen(position)).sum::<u64>();
     }
-    let (a_pair, a_position) = (4 * (n_heads * head_dim) as u64, 2 * (n_kv_heads * head_dim) as u64 * bytes);
+    let (a_pair, a_position) = (4 * (n_heads * head_dim) as u64, 2 * (n_kv_heads * format.row_bytes(head_dim)) as u64);
     Cost { weight_bytes: 0, cache_bytes: read * a_position, operations: pairs * a_pair }
 }
 

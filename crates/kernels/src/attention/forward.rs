@@ -144,8 +144,9 @@ impl Kernel for ForwardTask<'_> {
         while start < end {
             match sequence.source {
                 Source::Cache(cache) => match cache.block(start / KEY_BLOCK, task.kv_head) {
-                    BlockOf::F32(keys) => attend_block(simd, shape, first, &mut block, &keys),
-                    BlockOf::Bf16(keys) => attend_block(simd, shape, first, &mut block, &keys),
+                    BlockOf::F32(keys) => attend_block(simd, shape, first, &mut block, &keys, None),
+                    BlockOf::Bf16(keys) => attend_block(simd, shape, first, &mut block, &keys, None),
+                    BlockOf::Q8(keys, scales) => attend_block(simd, shape, first, &mut block, &keys, Some(scales)),
                 },
                 Source::Rows { keys, values } => {
                     let present = start..end.min(start + KEY_BLOCK);
@@ -153,7 +154,7 @@ impl Kernel for ForwardTask<'_> {
                     transpose_rows(head(keys, shape.key_width(), task.kv_head), present.clone(), transposed);
                     copy_rows(head(values, shape.key_width(), task.kv_head), present, value_block);
                     let keys = Keys { start, transposed: &*transposed, values: &*value_block };
-                    attend_block(simd, shape, first, &mut block, &keys);
+                    attend_block(simd, shape, first, &mut block, &keys, None);
                 }
             }
             start += KEY_BLOCK;
@@ -161,6 +162,9 @@ impl Kernel for ForwardTask<'_> {
         self.finish(simd, &block);
     }
 }
+
+/// A scale for each key of a block, and one for each value.
+pub(super) type Scales<'a> = [&'a [f32; KEY_BLOCK]; 2];
 
 /// Takes one block of keys into all stacked rows.
 #[inline(always)]
@@ -170,10 +174,11 @@ fn attend_block<S: Simd, E: Element>(
     first_position: usize,
     block: &mut Block<'_>,
     keys: &Keys<'_, E>,
+    scales: Option<Scales<'_>>,
 ) {
     let rows = block.sums.len();
     for row in (0..rows).step_by(TILE_ROWS) {
-        attend_tile(simd, shape, row..(row + TILE_ROWS).min(rows), first_position, block, keys);
+        attend_tile(simd, shape, row..(row + TILE_ROWS).min(rows), first_position, block, keys, scales);
     }
 }
 
@@ -186,6 +191,7 @@ fn attend_tile<S: Simd, E: Element>(
     first_position: usize,
     block: &mut Block<'_>,
     keys: &Keys<'_, E>,
+    scales: Option<Scales<'_>>,
 ) {
     let width = padded(shape.head_dim);
     let mut visible: [Range<usize>; TILE_ROWS] = Default::default();
@@ -220,6 +226,9 @@ fn attend_tile<S: Simd, E: Element>(
     });
 
     let (scores, _) = scores.as_chunks_mut::<KEY_BLOCK>();
+    if let Some([of_keys, _]) = scales {
+        scale_keys(simd, &mut scores[..rows.len()], of_keys);
+    }
     let mut rescale = [0.0; LANES];
     let added = exponentiate(simd, scores, visible, shape.scale, &mut block.largest[rows.clone()], &mut rescale);
     // Rows that see nothing here keep the difference 0, and so the factor 1.
@@ -231,7 +240,20 @@ fn attend_tile<S: Simd, E: Element>(
             (Lanes::load(simd, lanes) * factor).store(lanes);
         }
     }
+    if let Some([_, of_values]) = scales {
+        scale_keys(simd, &mut scores[..rows.len()], of_values);
+    }
     mix_values(simd, visible, scores.as_flattened(), keys.values, width, &mut block.mixed[rows.start * width..]);
+}
+
+/// Multiplies each row's numbers by those of their keys.
+#[inline(always)]
+fn scale_keys<S: Simd>(simd: S, rows: &mut [[f32; KEY_BLOCK]], scales: &[f32; KEY_BLOCK]) {
+    for row in rows {
+        for (lanes, scales) in row.as_chunks_mut::<LANES>().0.iter_mut().zip(scales.as_chunks::<LANES>().0) {
+            (Lanes::load(simd, lanes) * Lanes::load(simd, scales)).store(lanes);
+        }
+    }
 }
 
 /// The place of each key in its block, to compare with.

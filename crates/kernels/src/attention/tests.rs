@@ -155,6 +155,69 @@ fn a_cache_in_bf16_is_attention_over_rounded_keys_and_values() {
 }
 
 #[test]
+fn a_cache_in_bytes_is_attention_over_rounded_keys_and_values() {
+    let (n_kv_heads, head_dim) = (2, 24);
+    let round = |rows: &[f32]| -> Vec<f32> {
+        let scale = |row: &[f32]| row.iter().fold(0.0f32, |most, x| most.max(x.abs())) / 127.0;
+        let rounded = |row: &[f32]| row.iter().map(|x| (x / scale(row)).round_ties_even() * scale(row)).collect();
+        rows.chunks_exact(head_dim).flat_map(|row| -> Vec<f32> { rounded(row) }).collect()
+    };
+    let exact = Batch::new([n_kv_heads, 3, head_dim], None, &[150]);
+    let mut cache = LayerCache::new(n_kv_heads, head_dim, CacheFormat::Q8);
+    cache.push(&exact.k, &exact.v);
+    let mut rounded = Batch::new([n_kv_heads, 3, head_dim], None, &[150]);
+    (rounded.k, rounded.v) = (round(&exact.k), round(&exact.v));
+    assert!(rounded.k.iter().zip(&exact.k).all(|(a, b)| (a - b).abs() < 0.02));
+    let wanted = rounded.reference();
+    let mut bits_of = Vec::new();
+    for isa in Isa::available() {
+        let mut out = vec![0.0; wanted.q.len()];
+        let sequence = CachedSequence { rows: 150, cache: &cache };
+        attention_cached_on(isa, &wanted.shape, &wanted.q, &[sequence], &mut out);
+        let difference = out.iter().zip(&wanted.out).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference < 2e-6, "{isa:?}: {difference}");
+        bits_of.push(bits(&out));
+    }
+    assert!(bits_of.iter().all(|found| *found == bits_of[0]), "one answer on every instruction set");
+}
+
+#[test]
+fn a_cache_in_bytes_is_the_same_however_it_is_filled() {
+    let whole = Batch::new([2, 2, 40], Some(70), &[200]);
+    let attended = |chunks: &[usize]| {
+        let mut cache = LayerCache::new(2, 40, CacheFormat::Q8);
+        // What is forgotten leaves nothing behind.
+        cache.push(&[f32::NAN; 80 * 3], &[f32::INFINITY; 80 * 3]);
+        cache.truncate(0);
+        let (mut out, mut first) = (vec![0.0; whole.q.len()], 0);
+        for &rows in chunks {
+            let fresh = first * 80..(first + rows) * 80;
+            cache.push(&whole.k[fresh.clone()], &whole.v[fresh]);
+            let part = first * 160..(first + rows) * 160;
+            let sequence = CachedSequence { rows, cache: &cache };
+            attention_cached_on(Isa::current(), &whole.shape, &whole.q[part.clone()], &[sequence], &mut out[part]);
+            first += rows;
+        }
+        bits(&out)
+    };
+    let wanted = attended(&[200]);
+    assert_eq!(attended(&[1; 200]), wanted);
+    assert_eq!(attended(&[63, 2, 100, 35]), wanted);
+}
+
+#[test]
+fn what_is_no_number_stays_none_in_bytes() {
+    let mut rows = vec![1.0; 16];
+    rows[3] = f32::NAN;
+    let mut cache = LayerCache::new(1, 16, CacheFormat::Q8);
+    cache.push(&rows, &[1.0; 16]);
+    let shape = AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+    let mut out = vec![0.0; 16];
+    attention_cached(&shape, &[1.0; 16], &[CachedSequence { rows: 1, cache: &cache }], &mut out);
+    assert!(out[0].is_nan());
+}
+
+#[test]
 fn sequences_over_their_own_caches_get_what_they_get_whole() {
     for isa in Isa::available() {
         let whole = Batch::new([2, 2, 16], Some(40), &[70, 3, 130]).forward(isa);
@@ -241,5 +304,32 @@ fn gradients_are_the_slopes() {
             // The gradients were added to one.
             assert!((slope - f64::from(gradient[i] - 1.0)).abs() < 3e-3 * (1.0 + slope.abs()), "{which}[{i}]");
         }
+    }
+}
+
+#[test]
+fn a_clone_shares_blocks_and_goes_its_own_way() {
+    let rows = numbers(9, 200 * 16);
+    let other = numbers(10, 200 * 16);
+    for format in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Q8] {
+        let mut origin = LayerCache::new(1, 16, format);
+        origin.push(&rows[..100 * 16], &rows[..100 * 16]);
+        let mut clone = origin.clone();
+        clone.truncate(90);
+        clone.push(&other[..60 * 16], &other[..60 * 16]);
+        origin.push(&rows[100 * 16..130 * 16], &rows[100 * 16..130 * 16]);
+        let alone = |parts: &[&[f32]]| {
+            let mut cache = LayerCache::new(1, 16, format);
+            parts.iter().for_each(|part| cache.push(part, part));
+            cache
+        };
+        let shape = AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+        let attended = |cache: &LayerCache| {
+            let mut out = vec![0.0; 16];
+            attention_cached(&shape, &other[..16], &[CachedSequence { rows: 1, cache }], &mut out);
+            bits(&out)
+        };
+        assert_eq!(attended(&origin), attended(&alone(&[&rows[..130 * 16]])), "{format:?}");
+        assert_eq!(attended(&clone), attended(&alone(&[&rows[..90 * 16], &other[..60 * 16]])), "{format:?}");
     }
 }

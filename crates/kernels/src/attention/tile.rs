@@ -36,6 +36,14 @@ impl Element for u16 {
     }
 }
 
+/// A code of [`super::CacheFormat::Q8`], without its scale.
+impl Element for i8 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::Vector {
+        simd.load_i8(from)
+    }
+}
+
 /// The right operand: row k stands at `k * stride` and holds `vectors` vectors of 16 columns.
 #[derive(Clone, Copy)]
 pub(super) struct Right<'a, E> {

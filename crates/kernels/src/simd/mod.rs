@@ -34,6 +34,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn store(self, value: Self::Vector, to: &mut [f32; LANES]);
     /// Sixteen bf16, widened.
     fn load_bf16(self, from: &[u16; LANES]) -> Self::Vector;
+    /// Sixteen signed bytes, as whole numbers.
+    fn load_i8(self, from: &[i8; LANES]) -> Self::Vector;
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;

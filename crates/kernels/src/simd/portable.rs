@@ -50,6 +50,10 @@ impl Simd for Portable {
         from.map(|half| f32::from_bits(u32::from(half) << 16))
     }
     #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Array {
+        from.map(f32::from)
+    }
+    #[inline(always)]
     fn add(self, a: Array, b: Array) -> Array {
         zip(a, b, |a, b| a + b)
     }

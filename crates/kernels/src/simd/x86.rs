@@ -61,6 +61,9 @@ impl Simd for Avx512 {
         let halves = _mm256_loadu_si256(from.as_ptr().cast());
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
     });
+    avx512!(load_i8(from: &[i8; LANES]) -> __m512, {
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast())))
+    });
     avx512!(add(a: __m512, b: __m512) -> __m512, _mm512_add_ps(a, b));
     avx512!(sub(a: __m512, b: __m512) -> __m512, _mm512_sub_ps(a, b));
     avx512!(mul(a: __m512, b: __m512) -> __m512, _mm512_mul_ps(a, b));
@@ -166,6 +169,14 @@ impl Simd for Avx2 {
                 let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(half.cast()));
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
             };
+            Pair(widen(from.as_ptr()), widen(from.as_ptr().add(LANES / 2)))
+        }
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Pair {
+        // SAFETY: `self` proves AVX2; the array holds two halves of eight.
+        unsafe {
+            let widen = |half: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(half.cast())));
             Pair(widen(from.as_ptr()), widen(from.as_ptr().add(LANES / 2)))
         }
     }
