@@ -112,9 +112,7 @@ impl Model {
         let mut cost = Cost::default();
         for layer in &self.config.layers {
             cost += match &layer.mixer {
-                Mixer::Attention(attention) => {
-                    attention_cost(attention, batch, KvCache::format_for(precision))
-                }
+                Mixer::Attention(attention) => attention_cost(attention, batch, KvCache::format_for(precision)),
             };
         }
         cost

@@ -261,7 +261,8 @@ fn tokenise(
                 }
             }
             progress(bytes as u64);
-            (batch.clear(), bytes = 0);
+            batch.clear();
+            bytes = 0;
         }
     }
     Ok(())

@@ -53,7 +53,7 @@ struct Input {
 enum Reader {
     Text(TextFile),
     Lines(JsonLines),
-    Rows(Rows),
+    Rows(Box<Rows>),
 }
 
 impl Pieces {
@@ -120,7 +120,8 @@ impl Iterator for Pieces {
         let piece = self.next_piece().transpose();
         if matches!(piece, Some(Err(_))) {
             // After an error there is nothing more.
-            (self.files.clear(), self.reading = None);
+            self.files.clear();
+            self.reading = None;
         }
         piece
     }
@@ -131,8 +132,8 @@ impl Reader {
         let extension = input.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
         Ok(match extension.as_deref().unwrap_or_default() {
             "jsonl" | "ndjson" => Self::Lines(JsonLines::open(&input.path, &input.key)?),
-            "parquet" => Self::Rows(Rows::open_parquet(&input.path, &input.key)?),
-            "arrow" | "feather" | "ipc" => Self::Rows(Rows::open_arrow(&input.path, &input.key)?),
+            "parquet" => Self::Rows(Box::new(Rows::open_parquet(&input.path, &input.key)?)),
+            "arrow" | "feather" | "ipc" => Self::Rows(Box::new(Rows::open_arrow(&input.path, &input.key)?)),
             _ => Self::Text(TextFile::open(&input.path)?),
         })
     }

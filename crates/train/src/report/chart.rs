@@ -123,7 +123,7 @@ pub fn escape(text: &str) -> String {
 pub fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),
-        size if size >= 1e6 || size < 1e-3 => format!("{value:.2e}"),
+        size if !(1e-3..1e6).contains(&size) => format!("{value:.2e}"),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => trimmed(format!("{value:.1}")),
         _ => trimmed(format!("{value:.3}")),
