@@ -47,6 +47,10 @@ pub enum Command {
     Eval(EvalArguments),
     /// Measure speed, against what the machine can do
     Bench(BenchArguments),
+    /// Serve a model over HTTP: OpenAI's interface, and a page that shows the experts
+    Serve(Box<crate::commands::serve::arguments::ServeArguments>),
+    /// Load a server with requests and measure what comes back
+    Load(crate::commands::load::arguments::LoadArguments),
     /// Write a model as a GGUF file, which llama.cpp runs
     Export(ExportArguments),
     /// Write the logits of given tokens to a file

@@ -54,6 +54,8 @@ fn dispatch(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Compare(compare) => commands::compare::execute(compare),
         Command::Eval(eval) => commands::eval::execute(eval),
         Command::Bench(bench) => commands::bench::execute(bench),
+        Command::Serve(serve) => commands::serve::execute(serve),
+        Command::Load(load) => commands::load::execute(load),
         Command::Export(export) => commands::export::execute(export),
         Command::Logits(logits) => commands::logits::execute(logits),
         Command::Check(check) => commands::check::execute(check),

@@ -17,6 +17,11 @@ pub fn resident() -> Option<u64> {
     read("/proc/self/status", "VmRSS")
 }
 
+/// Memory that another process has in use now.
+pub fn resident_of(pid: u32) -> Option<u64> {
+    read(&format!("/proc/{pid}/status"), "VmRSS")
+}
+
 /// The most that it ever had in use.
 pub fn peak() -> Option<u64> {
     read("/proc/self/status", "VmHWM")
@@ -42,5 +47,6 @@ mod tests {
     #[test]
     fn this_process_has_memory() {
         assert!(resident().unwrap() > 1 << 20 && peak() >= resident() && available().unwrap() > 0);
+        assert!(resident_of(std::process::id()).unwrap() > 1 << 20 && resident_of(u32::MAX).is_none());
     }
 }

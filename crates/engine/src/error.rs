@@ -69,6 +69,12 @@ pub enum EngineError {
         /// The value.
         found: f64,
     },
+    /// A form that a text shall have is none, or asks for too much.
+    #[error("grammar: {reason}")]
+    Grammar {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The logits are unusable.
     #[error("the logits hold {found} for token {token}: the weights are damaged or have overflowed")]
     Logits {
@@ -91,6 +97,19 @@ pub enum EngineError {
         /// Positions the model has.
         context: usize,
     },
+    /// A sequence needs more memory for keys and values than there is.
+    #[error(
+        "keys and values of {tokens} tokens need {needed} bytes, the cache has {budget}: shorten the prompt or raise the \
+         memory of the cache"
+    )]
+    CacheTooSmall {
+        /// Tokens of the sequence.
+        tokens: usize,
+        /// Bytes that they need.
+        needed: usize,
+        /// Bytes that there are.
+        budget: usize,
+    },
     /// A generation_config.json or config.json is wrong.
     #[error("{file}: `{key}` must be {wanted}, found {found}")]
     GenerationConfig {
@@ -103,6 +122,9 @@ pub enum EngineError {
         /// What it holds.
         found: String,
     },
+    /// The computation failed in a way that no request should be able to cause.
+    #[error("internal failure: {0}")]
+    Internal(String),
     /// The model refused: a token that it lacks, a sequence longer than its context.
     #[error(transparent)]
     Model(#[from] moebius_model::ModelError),

@@ -72,6 +72,8 @@ pub enum Finish {
     MaxTokens,
     /// The model's context is full.
     ContextFull,
+    /// The longest time allowed.
+    TimeLimit,
     /// The receiver of the events said so.
     Cancelled,
 }
@@ -295,30 +297,10 @@ impl Run<'_, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::byte_level;
-    use moebius_model::{Ffn, UniformDecoder};
+    use crate::testing::{byte_level, small_model};
 
-    /// A model of the byte tokenizer's 257 tokens with a context of 48.
     fn model() -> Model {
-        let config = UniformDecoder {
-            family: "mixtral",
-            vocab_size: 257,
-            hidden: 32,
-            n_layers: 2,
-            n_heads: 4,
-            n_kv_heads: 2,
-            head_dim: 8,
-            max_positions: 48,
-            ffn: Ffn::moe_of(4, 2, 24, true),
-            ..UniformDecoder::default()
-        }
-        .config();
-        let mut model = Model::new(&config, 3).unwrap();
-        // Large weights, so that the model has opinions.
-        for param in model.params_mut().into_iter().filter(|param| !param.name().ends_with("norm")) {
-            param.update(|weights| weights.iter_mut().for_each(|weight| *weight *= 12.0));
-        }
-        model
+        small_model(48)
     }
 
     fn sampled(seed: u64) -> GenerationOptions {

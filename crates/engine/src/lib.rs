@@ -4,6 +4,7 @@
 //! one text, [`sampler`] turns a row of
 //! logits into the next id, [`stop`] decides which text may be shown, [`session`] is a model in the
 //! middle of a sequence, [`trace`] remembers which experts it chose, [`generator`] joins them all; [`mod@bench`] measures.
+//! [`scheduler`] does the same for many sequences at once, [`grammar`] holds texts to a form.
 #![forbid(unsafe_code)]
 
 pub mod bench;
@@ -12,7 +13,9 @@ pub mod defaults;
 pub mod error;
 pub mod generator;
 pub mod gguf;
+pub mod grammar;
 pub mod sampler;
+pub mod scheduler;
 pub mod session;
 pub mod stop;
 #[cfg(test)]
@@ -25,8 +28,10 @@ pub use chat::{ChatTemplate, Conversation, Message};
 pub use defaults::GenerationDefaults;
 pub use error::EngineError;
 pub use generator::{Event, Finish, GenerationOptions, Generator, Summary, TokenExperts};
+pub use grammar::{Constraint, Grammar, GrammarCompiler};
 pub use sampler::{Candidate, Sampler, SamplingOptions};
-pub use session::Session;
+pub use scheduler::{Scheduler, SchedulerOptions};
+pub use session::{Reading, Session, Wanted};
 pub use stop::{StopRule, Verdict};
 pub use tokenizer::{TextStream, TokenType, Tokenizer, TokenizerParts};
 pub use trace::{ExpertTrace, LayerChoice};

@@ -1,14 +1,19 @@
 //! From a row of logits to the next token.
 //!
-//! The chain, in this order: repetition penalty, temperature, top-k, top-p, min-p, draw. Probabilities are f64 and every
-//! sum runs in one fixed order, so that a seed gives the same tokens on any number of threads.
+//! The chain, in this order: bias, repetition penalty, presence and frequency penalties, temperature, top-k, top-p, min-p,
+//! draw. Probabilities are f64 and every sum runs in one fixed order, so that a seed gives the same tokens on any number
+//! of threads.
 //!
+//! - bias: a number added to the logit of each token that it names (OpenAI's `logit_bias`);
 //! - repetition penalty (Keskar et al., CTRL, 2019): a token already seen has its positive logit divided by it and its
 //!   negative logit multiplied;
+//! - presence and frequency penalties (OpenAI): the first is taken off the logit of every token that was generated, the
+//!   second as many times as it was generated; the prompt does not count;
 //! - temperature 0 takes the greatest logit, the lower id where two are equal;
 //! - top-p (Holtzman et al., 2019): the fewest most likely tokens whose probabilities reach p;
 //! - min-p (Nguyen et al., 2024): tokens at least `min_p` times as likely as the likeliest.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use rand_chacha::ChaCha8Rng;
@@ -29,6 +34,10 @@ pub struct SamplingOptions {
     pub min_p: f32,
     /// Weakens tokens that have occurred; 1 is off.
     pub repetition_penalty: f32,
+    /// Taken off the logits of tokens that were generated; 0 is off.
+    pub presence_penalty: f32,
+    /// Taken off as many times as a token was generated; 0 is off.
+    pub frequency_penalty: f32,
     /// Seeds the draw.
     pub seed: u64,
 }
@@ -36,7 +45,16 @@ pub struct SamplingOptions {
 impl SamplingOptions {
     /// The greatest logit, always.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+        }
     }
 
     /// Checks every range.
@@ -52,7 +70,10 @@ impl SamplingOptions {
         check("temperature", "0 or a positive number", temperature, temperature.is_finite() && temperature >= 0.0)?;
         check("top-p", "above 0 and at most 1", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0)?;
         check("min-p", "from 0 to 1", self.min_p, (0.0..=1.0).contains(&self.min_p))?;
-        check("repetition penalty", "a positive number", penalty, penalty.is_finite() && penalty > 0.0)
+        check("repetition penalty", "a positive number", penalty, penalty.is_finite() && penalty > 0.0)?;
+        let number = "a number";
+        check("presence penalty", number, self.presence_penalty, self.presence_penalty.is_finite())?;
+        check("frequency penalty", number, self.frequency_penalty, self.frequency_penalty.is_finite())
     }
 }
 
@@ -70,6 +91,9 @@ pub struct Candidate {
 pub struct Sampler {
     options: SamplingOptions,
     random: ChaCha8Rng,
+    /// Tokens at the beginning of the history that were not generated.
+    prompt: usize,
+    bias: Vec<(u32, f32)>,
 }
 
 impl Sampler {
@@ -79,31 +103,45 @@ impl Sampler {
     /// [`EngineError::Sampling`] if an option is outside its range.
     pub fn new(options: SamplingOptions) -> Result<Self, EngineError> {
         options.validate()?;
-        Ok(Self { options, random: ChaCha8Rng::seed_from_u64(options.seed) })
+        Ok(Self { options, random: ChaCha8Rng::seed_from_u64(options.seed), prompt: 0, bias: Vec::new() })
     }
 
-    /// The next token after `history` (prompt and text so far, which only the repetition penalty reads).
+    /// Tells how many tokens at the beginning of every history are the prompt.
+    #[must_use]
+    pub fn after_prompt(mut self, tokens: usize) -> Self {
+        self.prompt = tokens;
+        self
+    }
+
+    /// Adds numbers to the logits of tokens; tokens that the model lacks are ignored.
+    #[must_use]
+    pub fn with_bias(mut self, bias: &[(u32, f32)]) -> Self {
+        self.bias = bias.to_vec();
+        self
+    }
+
+    /// The next token after `history`: prompt and text so far, which only the penalties read.
     ///
     /// One number is drawn a call, also where one candidate is left; greedy choice draws none.
     ///
     /// # Errors
     /// [`EngineError::Logits`] for a logit that is NaN or +inf, [`EngineError::NoCandidate`] if all are -inf.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, EngineError> {
-        let candidates = self.distribution(logits, history)?;
+        let mut ranked = self.ranked(logits, history)?;
         if self.options.temperature == 0.0 {
-            return Ok(candidates[0].token);
+            return Ok(ranked.best());
         }
+        let survivors = self.survivors(&mut ranked);
         // 53 bits: every f64 step of [0, 1) is equally likely.
-        let draw = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let draw = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * survivors.probability;
         let mut cumulative = 0.0;
-        for candidate in &candidates {
-            cumulative += candidate.probability;
+        for place in 0..survivors.count - 1 {
+            cumulative += ranked.at(place).probability;
             if draw < cumulative {
-                return Ok(candidate.token);
+                return Ok(ranked.at(place).token);
             }
         }
-        // Rounding can leave the sum a hair below 1.
-        Ok(candidates[candidates.len() - 1].token)
+        Ok(ranked.at(survivors.count - 1).token)
     }
 
     /// What [`Sampler::sample`] draws from: the survivors, most likely first, with probabilities that sum to 1.
@@ -112,78 +150,193 @@ impl Sampler {
     /// # Errors
     /// As [`Sampler::sample`].
     pub fn distribution(&self, logits: &[f32], history: &[u32]) -> Result<Vec<Candidate>, EngineError> {
+        let mut ranked = self.ranked(logits, history)?;
+        if self.options.temperature == 0.0 {
+            return Ok(vec![Candidate { token: ranked.best(), probability: 1.0 }]);
+        }
+        let survivors = self.survivors(&mut ranked);
+        let candidates = (0..survivors.count).map(|place| ranked.at(place));
+        Ok(candidates.map(|c| Candidate { probability: c.probability / survivors.probability, ..c }).collect())
+    }
+
+    /// The candidates before top-p and min-p, to be looked at from the likeliest on.
+    fn ranked<'l>(&self, logits: &'l [f32], history: &[u32]) -> Result<Ranked<'l>, EngineError> {
         if let Some((token, &found)) = logits.iter().enumerate().find(|(_, x)| x.is_nan() || **x == f32::INFINITY) {
             return Err(EngineError::Logits { token, found });
         }
-        let mut scores = Self::scores(logits);
-        if scores.is_empty() {
+        let mut logits = Cow::Borrowed(logits);
+        if (self.penalises() && !history.is_empty()) || !self.bias.is_empty() {
+            self.change(logits.to_mut(), history);
+        }
+        let count = logits.iter().filter(|x| x.is_finite()).count();
+        if count == 0 {
             return Err(EngineError::NoCandidate(logits.len()));
         }
-        self.penalise_repetition(&mut scores, history);
-        if self.options.temperature == 0.0 {
-            let best = scores.iter().copied().min_by(by_score).expect("not empty");
-            return Ok(vec![Candidate { token: best.0, probability: 1.0 }]);
+        Ok(Ranked::new(logits, count, self.options.top_k, self.options.temperature))
+    }
+
+    fn penalises(&self) -> bool {
+        let options = &self.options;
+        options.repetition_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0
+    }
+
+    /// Bias and penalties.
+    fn change(&self, logits: &mut [f32], history: &[u32]) {
+        for &(token, bias) in &self.bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
         }
-        self.keep_top_k(&mut scores);
-        let mut candidates = softmax(&scores, self.options.temperature);
-        self.keep_top_p(&mut candidates);
-        self.keep_min_p(&mut candidates);
-        normalise(&mut candidates);
-        Ok(candidates)
-    }
-
-    /// (token, logit) of the tokens that are not ruled out.
-    fn scores(logits: &[f32]) -> Vec<(u32, f32)> {
-        logits.iter().enumerate().filter(|(_, x)| x.is_finite()).map(|(i, &x)| (i as u32, x)).collect()
-    }
-
-    /// Once a token, however often it has occurred.
-    fn penalise_repetition(&self, scores: &mut [(u32, f32)], history: &[u32]) {
         let penalty = self.options.repetition_penalty;
-        if penalty == 1.0 {
-            return;
+        if penalty != 1.0 {
+            let mut seen = history.to_vec();
+            seen.sort_unstable();
+            seen.dedup();
+            for token in seen {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
         }
-        let mut seen = history.to_vec();
-        seen.sort_unstable();
-        for (token, logit) in scores {
-            if seen.binary_search(token).is_ok() {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+        let (presence, frequency) = (self.options.presence_penalty, self.options.frequency_penalty);
+        if presence != 0.0 || frequency != 0.0 {
+            let mut generated = history.get(self.prompt..).unwrap_or_default().to_vec();
+            generated.sort_unstable();
+            for same in generated.chunk_by(|a, b| a == b) {
+                if let Some(logit) = logits.get_mut(same[0] as usize) {
+                    *logit -= presence + frequency * same.len() as f32;
+                }
             }
         }
     }
 
-    /// Sorts, most likely first, and keeps k.
-    fn keep_top_k(&self, scores: &mut Vec<(u32, f32)>) {
-        let k = self.options.top_k;
-        if k > 0 && k < scores.len() {
-            scores.select_nth_unstable_by(k - 1, by_score);
-            scores.truncate(k);
+    /// How many of the likeliest are left by top-p and min-p, and their probability together.
+    fn survivors(&self, ranked: &mut Ranked) -> Survivors {
+        let (p, min_p) = (f64::from(self.options.top_p), f64::from(self.options.min_p));
+        if p == 1.0 && min_p == 0.0 {
+            return Survivors { count: ranked.len(), probability: 1.0 };
         }
-        scores.sort_unstable_by(by_score);
+        let least = min_p * ranked.at(0).probability;
+        let mut survivors = Survivors { count: 0, probability: 0.0 };
+        while survivors.count < ranked.len() && (p == 1.0 || survivors.probability < p) {
+            let candidate = ranked.at(survivors.count);
+            if candidate.probability < least {
+                break;
+            }
+            survivors.count += 1;
+            survivors.probability += candidate.probability;
+        }
+        survivors
+    }
+}
+
+/// The likeliest candidates that may be drawn.
+struct Survivors {
+    count: usize,
+    probability: f64,
+}
+
+/// Candidates that are gathered and sorted only as far as somebody looks: of a hundred thousand tokens a few dozen matter.
+struct Ranked<'l> {
+    logits: Cow<'l, [f32]>,
+    /// Candidates whose logits are at least `floor`.
+    scores: Vec<(u32, f32)>,
+    floor: f32,
+    /// All candidates.
+    count: usize,
+    /// Places from the first that are sorted.
+    sorted: usize,
+    greatest: f32,
+    temperature: f32,
+    /// The sum of what [`Ranked::weight`] gives for all candidates.
+    sum: f64,
+}
+
+impl<'l> Ranked<'l> {
+    /// Places sorted at the first look; each further look sorts four times as many.
+    const FIRST: usize = 64;
+    /// Tokens less likely than the likeliest by a factor of e to this power are gathered only when the others are used up.
+    const RARE: f32 = 12.0;
+
+    fn new(logits: Cow<'l, [f32]>, count: usize, top_k: usize, temperature: f32) -> Self {
+        let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let floor = greatest - Self::RARE * temperature;
+        let mut ranked = Self { logits, scores: Vec::new(), floor, count, sorted: 0, greatest, temperature, sum: 1.0 };
+        if top_k > 0 && top_k < count {
+            ranked.floor = f32::NEG_INFINITY;
+            ranked.gather(f32::INFINITY);
+            ranked.scores.select_nth_unstable_by(top_k - 1, by_score);
+            ranked.scores.truncate(top_k);
+            ranked.scores.sort_unstable_by(by_score);
+            (ranked.sorted, ranked.count) = (top_k, top_k);
+            ranked.sum = ranked.scores.iter().map(|score| f64::from(ranked.weight(score.1))).sum();
+        } else if temperature > 0.0 {
+            ranked.gather(f32::INFINITY);
+            // Blocks of independent weights, which the compiler computes side by side.
+            let mut weights = [0.0f32; 16];
+            ranked.sum = 0.0;
+            for logits in ranked.logits.chunks(weights.len()) {
+                weights.iter_mut().zip(logits).for_each(|(weight, &logit)| *weight = ranked.weight(logit));
+                ranked.sum += weights[..logits.len()].iter().map(|&weight| f64::from(weight)).sum::<f64>();
+            }
+        }
+        ranked
     }
 
-    /// Keeps a candidate while those before it have not reached p: always the first, and the one that reaches it.
-    fn keep_top_p(&self, candidates: &mut Vec<Candidate>) {
-        let p = f64::from(self.options.top_p);
-        if p == 1.0 {
-            return;
-        }
-        let mut before = 0.0;
-        let keep = candidates
-            .iter()
-            .take_while(|candidate| {
-                let kept = before < p;
-                before += candidate.probability;
-                kept
-            })
-            .count();
-        candidates.truncate(keep);
+    /// Adds the candidates from the floor up to `below`.
+    fn gather(&mut self, below: f32) {
+        let floor = self.floor;
+        let wanted = |x: &f32| x.is_finite() && *x >= floor && *x < below;
+        let found = self.logits.iter().enumerate().filter(|(_, x)| wanted(x)).map(|(id, &x)| (id as u32, x));
+        self.scores.extend(found);
     }
 
-    fn keep_min_p(&self, candidates: &mut Vec<Candidate>) {
-        let least = f64::from(self.options.min_p) * candidates[0].probability;
-        candidates.retain(|candidate| candidate.probability >= least);
+    fn len(&self) -> usize {
+        self.count
     }
+
+    /// The greatest logit's token, the lower id where two are equal.
+    fn best(&self) -> u32 {
+        self.logits.iter().position(|&x| x == self.greatest).unwrap_or(0) as u32
+    }
+
+    fn weight(&self, logit: f32) -> f32 {
+        exp_of_negative((logit - self.greatest) / self.temperature)
+    }
+
+    /// The candidate of a place, the likeliest being that of place 0.
+    fn at(&mut self, place: usize) -> Candidate {
+        while place >= self.sorted {
+            if self.sorted == self.scores.len() {
+                let below = std::mem::replace(&mut self.floor, f32::NEG_INFINITY);
+                self.gather(below);
+            }
+            let rest = &mut self.scores[self.sorted..];
+            let more = (3 * self.sorted).max(Self::FIRST).min(rest.len());
+            if more < rest.len() {
+                rest.select_nth_unstable_by(more, by_score);
+            }
+            rest[..more].sort_unstable_by(by_score);
+            self.sorted += more;
+        }
+        let (token, logit) = self.scores[place];
+        Candidate { token, probability: f64::from(self.weight(logit)) / self.sum }
+    }
+}
+
+/// e to a power that is not positive, to 2 units in the last place; below -87 as at -87. The same bits on every processor.
+fn exp_of_negative(x: f32) -> f32 {
+    /// Added and taken off again, it rounds to a whole number, which then stands in the last bits.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.max(-87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let whole = shifted - ROUND;
+    // ln 2 in two parts, the first exact in its product with a small whole number.
+    let rest = (x - whole * 0.693_359_4) + whole * 2.121_944_4e-4;
+    let polynomial = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let fraction = polynomial.iter().fold(0.0, |sum, coefficient| sum * rest + coefficient);
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    fraction * f32::from_bits(exponent << 23)
 }
 
 /// Descending, ties to the lower id: a total order, so that sorting has one result.
@@ -191,21 +344,28 @@ fn by_score(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// Probabilities of sorted scores at a temperature above 0.
-fn softmax(scores: &[(u32, f32)], temperature: f32) -> Vec<Candidate> {
-    let (temperature, greatest) = (f64::from(temperature), f64::from(scores[0].1));
-    let unnormalised = |&(token, logit): &(u32, f32)| Candidate {
-        token,
-        probability: ((f64::from(logit) - greatest) / temperature).exp(),
-    };
-    let mut candidates: Vec<Candidate> = scores.iter().map(unnormalised).collect();
-    normalise(&mut candidates);
-    candidates
-}
-
-fn normalise(candidates: &mut [Candidate]) {
-    let sum: f64 = candidates.iter().map(|candidate| candidate.probability).sum();
-    candidates.iter_mut().for_each(|candidate| candidate.probability /= sum);
+/// The logarithms of the probabilities that logits stand for, without any option: of `token`, and of the `top` likeliest
+/// tokens, likeliest first.
+///
+/// # Shapes
+/// logits `[vocab]`.
+pub fn log_probabilities(logits: &[f32], token: u32, top: usize) -> (f32, Vec<(u32, f32)>) {
+    let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - greatest).exp()).sum();
+    let log_sum = f64::from(greatest) + sum.ln();
+    let of = |logit: f32| (f64::from(logit) - log_sum) as f32;
+    let mut scores: Vec<(u32, f32)> = Vec::new();
+    if top > 0 {
+        scores = logits.iter().enumerate().map(|(token, &logit)| (token as u32, logit)).collect();
+        let top = top.min(scores.len());
+        if top < scores.len() {
+            scores.select_nth_unstable_by(top, by_score);
+            scores.truncate(top);
+        }
+        scores.sort_unstable_by(by_score);
+        scores.iter_mut().for_each(|score| score.1 = of(score.1));
+    }
+    (of(logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY)), scores)
 }
 
 #[cfg(test)]
@@ -267,6 +427,61 @@ mod tests {
         let mut sampler = Sampler::new(greedy).unwrap();
         assert_eq!(sampler.sample(&[4.0, 3.0], &[]).unwrap(), 0);
         assert_eq!(sampler.sample(&[4.0, 3.0], &[0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn presence_and_frequency_count_what_was_generated() {
+        let logits = [2.0, 1.9, 1.0, 0.0];
+        let best = |presence_penalty, frequency_penalty, history: &[u32]| {
+            let options = SamplingOptions { presence_penalty, frequency_penalty, ..SamplingOptions::greedy() };
+            Sampler::new(options).unwrap().after_prompt(2).sample(&logits, history).unwrap()
+        };
+        assert_eq!(best(0.2, 0.0, &[0, 0]), 0, "the prompt does not count");
+        assert_eq!(best(0.2, 0.0, &[0, 0, 0]), 1);
+        assert_eq!(best(0.2, 0.0, &[9, 9, 0, 1, 1, 1]), 0, "presence counts once");
+        assert_eq!(best(0.0, 0.6, &[9, 9, 0, 1, 1]), 0, "2 - 0.6 above 1.9 - 1.2");
+        assert_eq!(best(0.0, 1.2, &[9, 9, 0, 1]), 2);
+        assert_eq!(best(-2.1, 0.0, &[9, 9, 3]), 3, "a negative penalty favours");
+    }
+
+    #[test]
+    fn bias_is_added() {
+        let mut sampler =
+            Sampler::new(SamplingOptions::greedy()).unwrap().with_bias(&[(0, -100.0), (2, 0.5), (77, 9.0)]);
+        assert_eq!(sampler.sample(&[9.0, 1.0, 0.8], &[]).unwrap(), 2);
+    }
+
+    #[test]
+    fn ranking_in_part_is_ranking_the_whole() {
+        let logits: Vec<f32> = (0..5000).map(|i| ((i * 7919) % 5003) as f32 / 500.0).collect();
+        let sampler = Sampler::new(plain()).unwrap();
+        let all = sampler.distribution(&logits, &[]).unwrap();
+        assert_eq!(all.len(), 5000);
+        assert!(all.windows(2).all(|pair| pair[0].probability >= pair[1].probability));
+        let sum: f64 = all.iter().map(|c| c.probability).sum();
+        assert!((sum - 1.0).abs() < 1e-9);
+        let part = Sampler::new(SamplingOptions { top_p: 0.9, ..plain() }).unwrap().distribution(&logits, &[]).unwrap();
+        assert!(part.len() < 5000 && part.iter().zip(&all).all(|(a, b)| a.token == b.token));
+    }
+
+    #[test]
+    fn the_exponential_is_one() {
+        for i in 0..=87_000 {
+            let x = -(i as f32) / 1000.0;
+            let (found, wanted) = (f64::from(exp_of_negative(x)), f64::from(x).exp());
+            assert!((found / wanted - 1.0).abs() < 4e-7, "{x}: {found} instead of {wanted}");
+        }
+        assert_eq!(exp_of_negative(0.0), 1.0);
+        assert!(exp_of_negative(f32::NEG_INFINITY) < 2e-38);
+    }
+
+    #[test]
+    fn logarithms_of_probabilities() {
+        let (own, top) = log_probabilities(&paper(), 3, 2);
+        assert!((own - 0.3f32.ln()).abs() < 1e-6);
+        assert_eq!(top.iter().map(|score| score.0).collect::<Vec<_>>(), [1, 3]);
+        assert!((top[0].1 - 0.4f32.ln()).abs() < 1e-6);
+        assert_eq!(log_probabilities(&paper(), 77, 9).1.len(), 4);
     }
 
     #[test]

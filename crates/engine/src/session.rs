@@ -1,5 +1,6 @@
 //! A model in the middle of one sequence: what it has read, and the logits that follow.
 
+use moebius_kernels::attention::LayerCache;
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::parallel::with_team;
 use moebius_model::{Batch, KvCache, Model, Observer};
@@ -7,7 +8,8 @@ use moebius_tensor::{Graph, Tensor, Var};
 
 use crate::EngineError;
 
-/// One sequence and its cache of keys and values.
+/// One sequence and its cache of keys and values. A clone shares what the cache holds and goes its own way from there.
+#[derive(Clone)]
 pub struct Session<'m> {
     model: &'m Model,
     precision: Precision,
@@ -16,7 +18,33 @@ pub struct Session<'m> {
     tokens: Vec<u32>,
 }
 
+/// What a pass gives of the tokens that it read of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Nothing: more tokens follow.
+    Nothing,
+    /// The logits behind the last one, `[vocab]`.
+    LastLogits,
+    /// The logits behind each, `[tokens, vocab]`.
+    AllLogits,
+    /// The hidden states after the final norm, `[tokens, hidden]`.
+    Hidden,
+}
+
+/// Tokens that a sequence reads in a pass.
+pub struct Reading<'r, 'm> {
+    /// The sequence.
+    pub session: &'r mut Session<'m>,
+    /// What it reads; at least one token.
+    pub tokens: &'r [u32],
+    /// What is asked for.
+    pub wanted: Wanted,
+}
+
 impl<'m> Session<'m> {
+    /// Positions that clones share or do not share as a whole.
+    pub const BLOCK: usize = LayerCache::BLOCK;
+
     /// An empty sequence.
     pub fn new(model: &'m Model, precision: Precision) -> Self {
         Self {
@@ -35,6 +63,11 @@ impl<'m> Session<'m> {
     /// The tokens read so far.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// The fewest positions that [`Session::rewind`] can go back to.
+    pub fn earliest(&self) -> usize {
+        self.cache.earliest()
     }
 
     /// Forgets all but the first `positions` tokens, so that another text may follow them.
@@ -67,45 +100,82 @@ impl<'m> Session<'m> {
         observer: &mut dyn Observer,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         assert_eq!(sessions.len(), tokens.len(), "tokens for each sequence");
-        let Some(first) = sessions.first() else { return Ok(Vec::new()) };
-        let (model, precision) = (first.model, first.precision);
-        assert!(sessions.iter().all(|session| std::ptr::eq(session.model, model) && session.precision == precision));
-        if tokens.iter().any(|tokens| tokens.is_empty()) {
-            return Err(EngineError::EmptyPrompt);
-        }
-        with_team(|| Self::read_awake(model, precision, sessions, tokens, observer))
+        let mut readings: Vec<Reading> = (sessions.iter_mut().zip(tokens))
+            .map(|(session, tokens)| Reading { session, tokens, wanted: Wanted::LastLogits })
+            .collect();
+        Self::read_step(&mut readings, observer)
     }
 
-    /// [`Session::read_together`] with checked arguments and the pool's threads awake.
-    fn read_awake(
-        model: &'m Model,
-        precision: Precision,
-        sessions: &mut [&mut Session<'m>],
-        tokens: &[&[u32]],
+    /// As [`Session::read_together`], and for each sequence gives what is wanted of it.
+    ///
+    /// # Errors
+    /// As [`Session::read`]; then no sequence has moved on.
+    ///
+    /// # Panics
+    /// When the sequences have different models or precisions.
+    pub fn read_step(
+        readings: &mut [Reading<'_, 'm>],
         observer: &mut dyn Observer,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
-        let parts: Vec<(&[u32], usize)> =
-            tokens.iter().zip(sessions.iter()).map(|(&tokens, session)| (tokens, session.position())).collect();
-        let batch = Batch::continuing_together(&parts);
-        let graph = Graph::inference(precision);
-        let mut caches: Vec<&mut KvCache> = sessions.iter_mut().map(|session| &mut session.cache).collect();
-        let hidden = match model.forward(&graph, &batch, Some(&mut caches), observer) {
-            Ok(hidden) => hidden,
-            Err(error) => {
-                // Lower layers may have cached what the failing one has not.
-                sessions.iter_mut().for_each(|session| session.cache.truncate(session.tokens.len()));
-                return Err(error.into());
-            }
-        };
-        for (session, tokens) in sessions.iter_mut().zip(tokens) {
-            session.tokens.extend_from_slice(tokens);
+        let Some(first) = readings.first() else { return Ok(Vec::new()) };
+        let (model, precision) = (first.session.model, first.session.precision);
+        let same =
+            |reading: &Reading| std::ptr::eq(reading.session.model, model) && reading.session.precision == precision;
+        assert!(readings.iter().all(same), "sequences of one model");
+        if readings.iter().any(|reading| reading.tokens.is_empty()) {
+            return Err(EngineError::EmptyPrompt);
         }
-        // The head runs on the rows that are wanted; they get the same bits as among all rows.
-        let [_, width] = hidden.dims::<2>()?;
-        let last: Vec<f32> =
-            batch.starts[1..].iter().flat_map(|end| &hidden.data()[(end - 1) * width..end * width]).copied().collect();
-        let last = Tensor::new(&[sessions.len(), width], last);
-        let logits = model.logits(&graph, &Var::constant(last));
-        Ok(logits.data().chunks_exact(model.config.vocab_size).map(<[f32]>::to_vec).collect())
+        with_team(|| read_awake(model, precision, readings, observer))
     }
+}
+
+/// [`Session::read_step`] with checked arguments and the pool's threads awake.
+fn read_awake(
+    model: &Model,
+    precision: Precision,
+    readings: &mut [Reading],
+    observer: &mut dyn Observer,
+) -> Result<Vec<Vec<f32>>, EngineError> {
+    let parts: Vec<(&[u32], usize)> =
+        readings.iter().map(|reading| (reading.tokens, reading.session.position())).collect();
+    let batch = Batch::continuing_together(&parts);
+    let graph = Graph::inference(precision);
+    let mut caches: Vec<&mut KvCache> = readings.iter_mut().map(|reading| &mut reading.session.cache).collect();
+    let hidden = match model.forward(&graph, &batch, Some(&mut caches), observer) {
+        Ok(hidden) => hidden,
+        Err(error) => {
+            // Lower layers may have cached what the failing one has not.
+            for Reading { session, .. } in readings {
+                session.cache.truncate(session.tokens.len());
+            }
+            return Err(error.into());
+        }
+    };
+    for reading in readings.iter_mut() {
+        reading.session.tokens.extend_from_slice(reading.tokens);
+    }
+    let [_, width] = hidden.dims::<2>()?;
+    // The head runs on the rows that are wanted; they get the same bits as among all rows.
+    let (mut rows, mut counts) = (Vec::new(), Vec::new());
+    for (reading, bounds) in readings.iter().zip(batch.starts.windows(2)) {
+        let first = match reading.wanted {
+            Wanted::Nothing | Wanted::Hidden => bounds[1],
+            Wanted::LastLogits => bounds[1] - 1,
+            Wanted::AllLogits => bounds[0],
+        };
+        rows.extend_from_slice(&hidden.data()[first * width..bounds[1] * width]);
+        counts.push(bounds[1] - first);
+    }
+    let all: usize = counts.iter().sum();
+    let logits = (all > 0).then(|| model.logits(&graph, &Var::constant(Tensor::new(&[all, width], rows))));
+    let (vocabulary, mut done) = (model.config.vocab_size, 0);
+    let give = |((reading, bounds), count): ((&Reading, &[usize]), usize)| {
+        if reading.wanted == Wanted::Hidden {
+            return hidden.data()[bounds[0] * width..bounds[1] * width].to_vec();
+        }
+        let part = done * vocabulary..(done + count) * vocabulary;
+        done += count;
+        logits.as_ref().map_or_else(Vec::new, |logits| logits.data()[part].to_vec())
+    };
+    Ok(readings.iter().zip(batch.starts.windows(2)).zip(counts).map(give).collect())
 }

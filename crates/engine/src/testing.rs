@@ -1,6 +1,7 @@
 //! Small tokenizers for the tests of this crate.
 
 use crate::Tokenizer;
+use moebius_model::{Ffn, Model, UniformDecoder};
 
 /// The 256 byte tokens of GPT-2's alphabet, in byte order, and an end token 256.
 pub fn byte_level() -> Tokenizer {
@@ -36,4 +37,27 @@ fn tokenizer(decoder: &serde_json::Value, model: &serde_json::Value, end: u32) -
     let file = serde_json::json!({"version": "1.0", "added_tokens": [end], "pre_tokenizer": pre,
         "decoder": decoder, "model": model});
     Tokenizer::from_bytes(file.to_string().as_bytes(), "test").expect("a tokenizer")
+}
+
+/// A model of the byte tokenizer's 257 tokens with a context of `max_positions`.
+pub fn small_model(max_positions: usize) -> Model {
+    let config = UniformDecoder {
+        family: "mixtral",
+        vocab_size: 257,
+        hidden: 32,
+        n_layers: 2,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 8,
+        max_positions,
+        ffn: Ffn::moe_of(4, 2, 24, true),
+        ..UniformDecoder::default()
+    }
+    .config();
+    let mut model = Model::new(&config, 3).expect("a sound configuration");
+    // Large weights, so that the model has opinions.
+    for param in model.params_mut().into_iter().filter(|param| !param.name().ends_with("norm")) {
+        param.update(|weights| weights.iter_mut().for_each(|weight| *weight *= 12.0));
+    }
+    model
 }

@@ -3,6 +3,7 @@
 //! Whatever a model ships becomes one `tokenizers::Tokenizer`: `tokenizer.json` as it is, the metadata of a GGUF file
 //! SentencePiece's models and tiktoken's ranks through [`TokenizerParts`].
 
+mod bytes;
 mod folder;
 mod parts;
 mod sentencepiece;
@@ -116,7 +117,19 @@ impl Tokenizer {
     /// # Errors
     /// [`EngineError::Tokenize`] with the tokenizer's own words.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, EngineError> {
-        self.inner.decode(tokens, true).map_err(|error| self.failed("decode the tokens", &error))
+        self.decode_parts(tokens, true)
+    }
+
+    /// As [`Tokenizer::decode`], special tokens by their names.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode_with_special(&self, tokens: &[u32]) -> Result<String, EngineError> {
+        self.decode_parts(tokens, false)
+    }
+
+    fn decode_parts(&self, tokens: &[u32], skip_special: bool) -> Result<String, EngineError> {
+        self.inner.decode(tokens, skip_special).map_err(|error| self.failed("decode the tokens", &error))
     }
 
     /// One token as a reader should see it: its text, or its name in the vocabulary if it is a special token or a
@@ -131,7 +144,7 @@ impl Tokenizer {
 
     /// A decoder for ids that arrive one by one.
     pub fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, recent: Vec::new(), context: 0, known: String::new() }
+        TextStream { tokenizer: self, special: false, recent: Vec::new(), context: 0, known: String::new() }
     }
 
     fn failed(&self, action: &'static str, error: &tokenizers::Error) -> EngineError {
@@ -157,6 +170,8 @@ const LONGEST_WAIT: usize = 16;
 #[derive(Clone, Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
+    /// Whether special tokens are text.
+    special: bool,
     /// The tokens decoded together: those of the last piece as context, then those that wait.
     recent: Vec<u32>,
     /// How many of them are context.
@@ -166,6 +181,13 @@ pub struct TextStream<'t> {
 }
 
 impl TextStream<'_> {
+    /// Gives special tokens by their names, instead of leaving them out; to be asked before anything else.
+    #[must_use]
+    pub fn with_special(mut self) -> Self {
+        self.special = true;
+        self
+    }
+
     /// Tells the decoder what stands before the text, which it will not give out again.
     ///
     /// # Errors
@@ -173,7 +195,7 @@ impl TextStream<'_> {
     pub fn after(mut self, context: &[u32]) -> Result<Self, EngineError> {
         self.recent = context[context.len().saturating_sub(2 * UNFINISHED_TOKENS)..].to_vec();
         self.context = self.recent.len();
-        self.known = self.tokenizer.decode(&self.recent)?;
+        self.known = self.decode()?;
         Ok(self)
     }
 
@@ -183,23 +205,27 @@ impl TextStream<'_> {
     /// [`EngineError::Tokenize`] with the tokenizer's own words.
     pub fn push(&mut self, token: u32) -> Result<String, EngineError> {
         self.recent.push(token);
-        let text = self.tokenizer.decode(&self.recent)?;
+        let text = self.decode()?;
         let settled = settled_length(&text);
         // A decoder that takes back what it has said (byte fallback does, inside a character) gives nothing for now.
         let new = text[..settled].strip_prefix(self.known.as_str()).unwrap_or_default().to_string();
         if settled == text.len() {
             self.recent.drain(..self.context);
             self.context = self.recent.len();
-            self.known = self.tokenizer.decode(&self.recent)?;
+            self.known = self.decode()?;
         } else if self.recent.len() - self.context > LONGEST_WAIT {
             self.recent.drain(..self.recent.len() - UNFINISHED_TOKENS);
             self.context = 0;
-            let rest = self.tokenizer.decode(&self.recent)?;
+            let rest = self.decode()?;
             self.known = rest[..settled_length(&rest)].to_string();
         } else {
             self.known.push_str(&new);
         }
         Ok(new)
+    }
+
+    fn decode(&self) -> Result<String, EngineError> {
+        self.tokenizer.decode_parts(&self.recent, !self.special)
     }
 }
 

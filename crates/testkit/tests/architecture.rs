@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Crates, bottom to top: each may use those before it. `testkit` is for tests only.
-const ORDER: [&str; 7] = ["kernels", "tensor", "moe", "model", "train", "engine", "cli"];
+const ORDER: [&str; 8] = ["kernels", "tensor", "moe", "model", "train", "engine", "serve", "cli"];
 /// Crates that stand side by side: neither may use the other.
 const APART: [(&str, &str); 1] = [("train", "engine")];
 const FILE_LINES: usize = 500;

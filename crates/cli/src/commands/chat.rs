@@ -188,7 +188,7 @@ impl Chat<'_> {
             Finish::ContextFull => output::note("(the model's context is full; /reset begins anew)"),
             Finish::MaxTokens => output::note(&format!("(ended after {} tokens)", summary.tokens.len())),
             Finish::Cancelled => output::note("(interrupted)"),
-            Finish::EndToken(_) | Finish::Stop(_) => {}
+            Finish::EndToken(_) | Finish::Stop(_) | Finish::TimeLimit => {}
         }
         if self.figures {
             let rate = summary.generation_rate().map(|rate| format!(", {rate:.1} tokens/s")).unwrap_or_default();

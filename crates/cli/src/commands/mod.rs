@@ -6,9 +6,11 @@ pub mod check;
 pub mod compare;
 pub mod eval;
 pub mod export;
+pub mod load;
 pub mod logits;
 pub mod pack;
 pub mod run;
+pub mod serve;
 pub mod train;
 
 use moebius_engine::{GenerationDefaults, GenerationOptions, SamplingOptions};
@@ -27,6 +29,7 @@ impl SamplingArguments {
                 min_p: self.min_p.or(model.min_p).unwrap_or(0.0),
                 repetition_penalty: self.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
                 seed: self.seed,
+                ..SamplingOptions::greedy()
             },
             stop: self.stop.clone(),
             end_tokens: model.end_tokens.clone(),
