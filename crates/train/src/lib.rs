@@ -38,6 +38,7 @@ pub mod schedule;
 pub mod spikes;
 pub mod tensorboard;
 pub mod trainer;
+pub mod vision;
 
 pub use error::{Result, TrainError};
 pub use progress::{Event, Progress, Silent};

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::digest::{Digest, Hasher};
+use crate::recipe::flatten;
 use crate::{Recipe, Result, TrainError};
 
 /// Keys that do not change what a run learns: a run that differs in these alone is the same run.
@@ -98,7 +99,7 @@ impl Plan {
 /// What makes a run the run that it is.
 fn key(recipe: &Recipe) -> Digest {
     let mut hasher = Hasher::default();
-    for (key, value) in recipe.flatten() {
+    for (key, value) in flatten(recipe) {
         if !INDIFFERENT.iter().any(|indifferent| key == *indifferent || key.starts_with(&format!("{indifferent}."))) {
             hasher.write_sized(key.as_bytes());
             hasher.write_sized(value.as_bytes());
@@ -109,7 +110,7 @@ fn key(recipe: &Recipe) -> Digest {
 
 /// Why two recipes cannot be compared.
 fn mismatch(first: &Recipe, other: &Recipe) -> Option<String> {
-    let (mine, theirs) = (first.flatten(), other.flatten());
+    let (mine, theirs) = (flatten(first), flatten(other));
     let resolved = |recipe: &Recipe, key: &str, value: &String| {
         // Recipes of different folders may name the same texts by different paths.
         if key.starts_with("data.") {
