@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod attention_biased;
 pub mod formats;
 pub mod gemm;
 pub mod isa;
@@ -13,7 +14,9 @@ pub mod norm;
 pub mod optimizer;
 pub mod orthogonal;
 pub mod parallel;
+pub mod pointwise;
 pub mod quantised;
+pub mod recurrent;
 pub mod rope;
 pub mod select;
 mod simd;

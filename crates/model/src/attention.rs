@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// One layer's attention.
 #[derive(Debug)]
 pub(crate) struct Attention {
-    /// `[n_heads * head_dim, hidden]`.
+    /// `[n_heads * head_dim, hidden]`; gated, each head's rows are its query's, then its gate's.
     q: Param,
     /// `[n_kv_heads * head_dim, hidden]`.
     k: Param,
@@ -27,8 +27,9 @@ pub(crate) struct Attention {
     biases: Option<[Param; 3]>,
     shape: AttentionShape,
     rotation: Option<Arc<RotaryAngles>>,
-    /// Added to the mean square in the norms of queries and keys.
-    eps: f32,
+    /// Added to the weights and to the mean square in the norms of queries and keys.
+    norm: [f32; 2],
+    gated: bool,
 }
 
 impl Attention {
@@ -43,7 +44,7 @@ impl Attention {
         let rotation = config.rope.as_ref().map(|rope| weights.rotations.of(rope));
         weights.within("attention.", |weights| {
             Ok(Self {
-                q: weights.get("q", &[queries, hidden])?,
+                q: weights.get("q", &[if config.gated { 2 * queries } else { queries }, hidden])?,
                 k: weights.get("k", &[keys, hidden])?,
                 v: weights.get("v", &[keys, hidden])?,
                 o: weights.get("o", &[hidden, queries])?,
@@ -61,7 +62,8 @@ impl Attention {
                 },
                 shape: shape(config),
                 rotation,
-                eps: model.norm.eps() as f32,
+                norm: [model.norm.offset(), model.norm.eps() as f32],
+                gated: config.gated,
             })
         })
     }
@@ -84,18 +86,24 @@ impl Attention {
             (q, k) = (ops::add_bias(g, &q, q_bias)?, ops::add_bias(g, &k, k_bias)?);
             v = ops::add_bias(g, &v, v_bias)?;
         }
+        let gate = if self.gated { Some(split_gate(g, shape.head_dim, &mut q)?) } else { None };
         if let Some([q_norm, k_norm]) = &self.norms {
-            (q, k) = (ops::rms_norm(g, &q, q_norm, self.eps)?, ops::rms_norm(g, &k, k_norm, self.eps)?);
+            let [offset, eps] = self.norm;
+            let normed = |x: &Var, weight: &'p Param| ops::rms_norm_plus(g, x, weight, offset, eps);
+            (q, k) = (normed(&q, q_norm)?, normed(&k, k_norm)?);
         }
         if let Some(rotation) = &self.rotation {
             let table = rotation.covering(batch.end_position());
             let turn = |x: &Var, heads| ops::rope(g, x, heads, shape.head_dim, &batch.positions, &table);
             (q, k) = (turn(&q, shape.n_heads)?, turn(&k, shape.n_kv_heads)?);
         }
-        let attended = match states {
+        let mut attended = match states {
             None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,
             Some(states) => attend_cached(shape, &q, [k.data(), v.data()], batch, states),
         };
+        if let Some(gate) = gate {
+            attended = ops::multiply(g, &attended, &ops::sigmoid(g, &gate))?;
+        }
         Ok(ops::linear(g, &attended, &self.o)?)
     }
 
@@ -110,6 +118,13 @@ impl Attention {
     }
 }
 
+/// Takes the gates out of projected queries; both are `[tokens, n_heads * head_dim]` then.
+fn split_gate<'p>(g: &Graph<'p>, head_dim: usize, q: &mut Var) -> Result<Var, ModelError> {
+    let gate = ops::columns(g, q, 2 * head_dim, head_dim..2 * head_dim)?;
+    *q = ops::columns(g, q, 2 * head_dim, 0..head_dim)?;
+    Ok(gate)
+}
+
 fn shape(config: &AttentionConfig) -> AttentionShape {
     AttentionShape {
         n_heads: config.n_heads,
@@ -122,7 +137,7 @@ fn shape(config: &AttentionConfig) -> AttentionShape {
 }
 
 /// Adds each sequence's keys and values to its cache and attends over it.
-fn attend_cached(
+pub(crate) fn attend_cached(
     shape: &AttentionShape,
     q: &Var,
     [k, v]: [&[f32]; 2],

@@ -1,9 +1,10 @@
 //! [`KvCache`]: what a model remembers of what a sequence has read, layer by layer.
 
 use crate::ModelConfig;
-use crate::config::{AttentionConfig, LayerConfig, Mixer};
+use crate::config::{AttentionConfig, DeltaNet, HeadMixture, LayerConfig, Mamba, Mixer, ShortConvolution};
 use moebius_kernels::attention::{CacheFormat, LayerCache};
 use moebius_kernels::gemm::Precision;
+use moebius_kernels::memory::Buffer;
 
 /// What the layers remember of one sequence; grows with it. A clone goes its own way from there.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub struct KvCache {
 pub(crate) enum LayerState {
     /// Keys and values of every position.
     KeysValues(LayerCache),
+    /// Numbers that stand for all positions together.
+    Recurrent(RecurrentState),
     /// Keys and values of the tokens that went through the layer, and none of those that went around it.
     Selected(SelectedKeys),
 }
@@ -30,10 +33,18 @@ pub(crate) struct SelectedKeys {
     read: usize,
 }
 
+/// A state that each token replaces; it knows no earlier one.
+#[derive(Clone, Debug)]
+pub(crate) struct RecurrentState {
+    positions: usize,
+    /// What the parts of the mixer carry, in their order; always f32, for errors add up.
+    parts: Vec<Buffer<f32>>,
+}
+
 impl LayerState {
     /// The state of a layer that tokens may go around.
-    fn selecting(mixer: &Mixer, format: CacheFormat) -> Self {
-        match Self::new(mixer, format) {
+    fn selecting(mixer: &Mixer, hidden: usize, format: CacheFormat) -> Self {
+        match Self::new(mixer, hidden, format) {
             Self::KeysValues(cache) => Self::Selected(SelectedKeys { cache, positions: Vec::new(), read: 0 }),
             other => other,
         }
@@ -41,16 +52,26 @@ impl LayerState {
 
     /// Notes that `rows` more positions were read, of which those at `positions` went through.
     pub(crate) fn note(&mut self, positions: &[u32], rows: usize) {
-        if let Self::Selected(selected) = self {
-            selected.positions.extend_from_slice(positions);
-            selected.read += rows;
+        match self {
+            Self::Selected(selected) => {
+                selected.positions.extend_from_slice(positions);
+                selected.read += rows;
+            }
+            // Those that went through are counted already.
+            Self::Recurrent(state) => state.positions += rows - positions.len(),
+            Self::KeysValues(_) => {}
         }
     }
 
-    fn new(mixer: &Mixer, format: CacheFormat) -> Self {
+    fn new(mixer: &Mixer, hidden: usize, format: CacheFormat) -> Self {
         match mixer {
-            Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
+            Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. })
+            | Mixer::HeadMixture(HeadMixture { n_kv_heads, head_dim, .. }) => {
                 Self::KeysValues(LayerCache::new(*n_kv_heads, *head_dim, format))
+            }
+            recurrent => {
+                let parts = recurrent.state_numbers(hidden).into_iter().map(Buffer::zeroed).collect();
+                Self::Recurrent(RecurrentState { positions: 0, parts })
             }
         }
     }
@@ -59,6 +80,7 @@ impl LayerState {
     fn len(&self) -> usize {
         match self {
             Self::KeysValues(cache) => cache.len(),
+            Self::Recurrent(state) => state.positions,
             Self::Selected(selected) => selected.read,
         }
     }
@@ -67,12 +89,14 @@ impl LayerState {
     fn earliest(&self) -> usize {
         match self {
             Self::KeysValues(_) | Self::Selected(_) => 0,
+            Self::Recurrent(state) => state.positions,
         }
     }
 
     fn truncate(&mut self, positions: usize) {
         match self {
             Self::KeysValues(cache) => cache.truncate(positions),
+            Self::Recurrent(_) => {} // `earliest` lets it come to nothing but where it is.
             Self::Selected(selected) => {
                 let kept = selected.positions.partition_point(|&position| (position as usize) < positions);
                 selected.cache.truncate(kept);
@@ -89,17 +113,41 @@ impl LayerState {
     pub(crate) fn keys_values(&mut self) -> &mut LayerCache {
         match self {
             Self::KeysValues(cache) => cache,
+            Self::Recurrent(_) => panic!("keys and values of a mixer that has none"),
             Self::Selected(selected) => &mut selected.cache,
         }
     }
+
+    /// What one part of a mixer carries.
+    ///
+    /// # Panics
+    /// As [`LayerState::keys_values`].
+    fn part(&mut self, part: usize) -> &mut [f32] {
+        match self {
+            Self::Recurrent(state) => &mut state.parts[part],
+            Self::KeysValues(_) | Self::Selected(_) => panic!("a carried state of a mixer that has none"),
+        }
+    }
+
+    /// Tells how many positions more the state stands for.
+    pub(crate) fn advance(&mut self, positions: usize) {
+        if let Self::Recurrent(state) = self {
+            state.positions += positions;
+        }
+    }
+}
+
+/// What one part of a mixer carries for each sequence; nothing without states.
+pub(crate) fn carried<'a>(states: &'a mut Option<&mut [&mut LayerState]>, part: usize) -> Vec<&'a mut [f32]> {
+    states.iter_mut().flat_map(|states| states.iter_mut()).map(|state| state.part(part)).collect()
 }
 
 impl KvCache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig, format: CacheFormat) -> Self {
         let state = |(index, layer): (usize, &LayerConfig)| match &config.depths {
-            Some(depths) if depths.applies(index) => LayerState::selecting(&layer.mixer, format),
-            _ => LayerState::new(&layer.mixer, format),
+            Some(depths) if depths.applies(index) => LayerState::selecting(&layer.mixer, config.hidden, format),
+            _ => LayerState::new(&layer.mixer, config.hidden, format),
         };
         Self { layers: config.layers.iter().enumerate().map(state).collect() }
     }
@@ -151,9 +199,24 @@ impl Mixer {
     /// Bytes that a cache holds for each position.
     fn position_bytes(&self, format: CacheFormat) -> usize {
         match self {
-            Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
+            Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. })
+            | Self::HeadMixture(HeadMixture { n_kv_heads, head_dim, .. }) => {
                 2 * n_kv_heads * format.row_bytes(*head_dim)
             }
+            Self::DeltaNet(_) | Self::ShortConvolution(_) | Self::Mamba(_) => 0,
+        }
+    }
+
+    /// Numbers that each part carries for a sequence of any length: the convolution's inputs, then the state.
+    pub(crate) fn state_numbers(&self, hidden: usize) -> Vec<usize> {
+        match self {
+            Self::Attention(_) | Self::HeadMixture(_) => Vec::new(),
+            Self::DeltaNet(net) => {
+                let DeltaNet { value_heads, key_dim, value_dim, taps, .. } = *net;
+                vec![(taps - 1) * net.mixed_width(), value_heads * key_dim * value_dim]
+            }
+            Self::ShortConvolution(ShortConvolution { taps, .. }) => vec![(taps - 1) * hidden],
+            Self::Mamba(Mamba { width, states, taps, .. }) => vec![(taps - 1) * width, width * states],
         }
     }
 }

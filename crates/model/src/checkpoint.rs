@@ -217,7 +217,7 @@ pub(crate) struct Stored<'c> {
 }
 
 /// The shards that an index names, each with its tensors.
-fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
+pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
     let index: Value =
@@ -346,7 +346,7 @@ fn stage_folder(
     Ok([weights, generation, config])
 }
 
-fn stage_json(path: &Path, value: &Value) -> Result<Staged, ModelError> {
+pub(crate) fn stage_json(path: &Path, value: &Value) -> Result<Staged, ModelError> {
     let mut text = serde_json::to_vec_pretty(value).expect("a value of texts and numbers");
     text.push(b'\n');
     Staged::new(path, |out| out.write_all(&text))

@@ -4,7 +4,7 @@
 //! a pass, each multiply-add as two operations. Norms, softmax and activations are left out: they are a few
 //! operations for each number that the products make.
 
-use crate::config::{AttentionConfig, Mixer};
+use crate::config::{AttentionConfig, HeadMixture, Mixer, Reach};
 use crate::{Batch, KvCache, Model, Observer};
 use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::{Packed, Precision};
@@ -43,6 +43,8 @@ impl AddAssign for Cost {
 #[derive(Clone, Debug, Default)]
 pub struct ExpertUse {
     layers: BTreeMap<usize, LayerUse>,
+    /// Of attention heads.
+    mixers: BTreeMap<usize, LayerUse>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -55,9 +57,19 @@ struct LayerUse {
 
 impl Observer for ExpertUse {
     fn routing(&mut self, layer: usize, routing: &Routing) {
+        self.layers.insert(layer, LayerUse::of(routing));
+    }
+
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        self.mixers.insert(layer, LayerUse::of(routing));
+    }
+}
+
+impl LayerUse {
+    fn of(routing: &Routing) -> Self {
         let plan = &routing.plan;
         let distinct = plan.offsets().windows(2).filter(|bounds| bounds[1] > bounds[0]).count() as u64;
-        self.layers.insert(layer, LayerUse { distinct, assignments: plan.n_assignments() as u64 });
+        Self { distinct, assignments: plan.n_assignments() as u64 }
     }
 }
 
@@ -89,8 +101,9 @@ impl Model {
                 }
                 ("head", _) if logit_rows == 0 => Cost::default(),
                 ("head", _) => product(elements, bytes, logit_rows),
-                (name, 3) if name.contains(".moe.") => {
-                    let chosen = experts.layers.get(&layer_of(name)).copied().unwrap_or_default();
+                (name, 3) if name.contains(".moe.") || name.contains(".heads.") => {
+                    let layers = if name.contains(".moe.") { &experts.layers } else { &experts.mixers };
+                    let chosen = layers.get(&layer_of(name)).copied().unwrap_or_default();
                     let n_experts = param.shape()[0] as u64;
                     let operations = 2 * elements / n_experts * chosen.assignments;
                     Cost { weight_bytes: bytes / n_experts * chosen.distinct, operations, cache_bytes: 0 }
@@ -112,7 +125,16 @@ impl Model {
         let mut cost = Cost::default();
         for layer in &self.config.layers {
             cost += match &layer.mixer {
-                Mixer::Attention(attention) => attention_cost(attention, batch, KvCache::format_for(precision)),
+                Mixer::Attention(AttentionConfig { n_heads, n_kv_heads, head_dim, reach, .. }) => {
+                    attention_cost([*n_heads, *n_kv_heads, *head_dim], *reach, batch, KvCache::format_for(precision))
+                }
+                Mixer::HeadMixture(HeadMixture { router, n_kv_heads, head_dim, .. }) => attention_cost(
+                    [router.top_k * n_kv_heads, *n_kv_heads, *head_dim],
+                    Reach::All,
+                    batch,
+                    KvCache::format_for(precision),
+                ),
+                recurrent => state_cost(recurrent.state_numbers(self.config.hidden).iter().sum(), batch),
             };
         }
         cost
@@ -124,10 +146,22 @@ impl Model {
     }
 }
 
+/// What one layer reads of the states of its sequences, of so many numbers each, and computes on them: about a
+/// multiplication and an addition when it fades, when it is changed and when it is read.
+fn state_cost(numbers: usize, batch: &Batch) -> Cost {
+    let (sequences, tokens) = (batch.starts.len().saturating_sub(1), batch.tokens.len());
+    let read = sequences * numbers * size_of::<f32>();
+    Cost { weight_bytes: 0, cache_bytes: read as u64, operations: 6 * (tokens * numbers) as u64 }
+}
+
 /// What one layer's attention reads of keys and values held in `format`, and computes on them.
-fn attention_cost(config: &AttentionConfig, batch: &Batch, format: CacheFormat) -> Cost {
-    let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
-    let window = config.reach.window().unwrap_or(usize::MAX);
+fn attention_cost(
+    [n_heads, n_kv_heads, head_dim]: [usize; 3],
+    reach: Reach,
+    batch: &Batch,
+    format: CacheFormat,
+) -> Cost {
+    let window = reach.window().unwrap_or(usize::MAX);
     let seen = |position: u32| (position as usize + 1).min(window) as u64;
     let (mut read, mut pairs) = (0, 0);
     for bounds in batch.starts.windows(2) {
@@ -147,7 +181,9 @@ fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
 /// The bytes of a weight in the form that the forward pass reads. A form of weights that is not packed at its first use
 /// answers here.
 fn held_bytes(param: &Param, precision: Precision) -> u64 {
-    if param.is_frozen() || param.shape().len() < 2 {
+    // The small weights that carry states are read as they are.
+    let is_read_plain = |name: &str| [".taps", ".rates"].iter().any(|end| name.ends_with(end));
+    if param.is_frozen() || param.shape().len() < 2 || is_read_plain(param.name()) {
         return param.bytes() as u64;
     }
     // The router computes in f32, whatever the rest does.

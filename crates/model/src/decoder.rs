@@ -1,6 +1,7 @@
 //! [`Model`]: a decoder, layers between an embedding and an output projection.
 
 use crate::cache::LayerState;
+use crate::config::Mixer;
 use crate::layer::Layer;
 use crate::norm::StreamNorm;
 use crate::weights::{MakeParam, Weights};
@@ -90,7 +91,8 @@ impl Model {
             weights.within(&format!("layers.{index}."), |weights| Layer::build(config, index, layer, weights))
         });
         let layers = layers.collect::<Result<Vec<Layer>, ModelError>>()?;
-        let final_norm = StreamNorm::build(config.norm, "final_norm", hidden, &mut weights)?;
+        let final_norm =
+            StreamNorm::build(config.last_norm.unwrap_or(config.norm), "final_norm", hidden, &mut weights)?;
         let head = weights.get_if(!config.tie_embeddings, "head", &[vocab, hidden])?;
         Ok(Self { config: config.clone(), embedding, layers, final_norm, head })
     }
@@ -119,7 +121,15 @@ impl Model {
         let idle: usize = (self.config.layers.iter().filter_map(|layer| layer.ffn.moe()))
             .map(|moe| (moe.n_experts - moe.router.top_k) * 3 * moe.width * self.config.hidden)
             .sum();
-        ParameterCount { total, active: total - idle }
+        let idle_heads: usize = (self.config.layers.iter())
+            .filter_map(|layer| match &layer.mixer {
+                Mixer::HeadMixture(heads) => Some(heads),
+                _ => None,
+            })
+            .map(|heads| (heads.n_experts - heads.router.top_k) * heads.n_kv_heads * heads.head_dim)
+            .map(|rows| 2 * rows * self.config.hidden)
+            .sum();
+        ParameterCount { total, active: total - idle - idle_heads }
     }
 
     /// Tells each layer's routing method, once an optimiser step, how many assignments each expert had in all of the step's
@@ -193,6 +203,9 @@ impl Model {
                     caches.as_deref_mut().map(|caches| caches.iter_mut().map(|cache| cache.layer(index)).collect());
                 layer.forward(g, &x, batch, states.as_deref_mut())?
             };
+            if let Some(routing) = &notes.mixer {
+                observer.mixer_routing(index, routing);
+            }
             if let Some(routing) = &notes.routing {
                 observer.routing(index, routing);
             }

@@ -30,6 +30,8 @@ pub(crate) struct Network {
 pub(crate) struct Mixture {
     layer: Routed,
     shared: Option<Shared>,
+    /// `[hidden]`.
+    bias: Option<Param>,
 }
 
 /// A router and its experts.
@@ -135,6 +137,7 @@ impl Mixture {
         Ok(Self {
             layer: Routed::build(config, moe, weights)?,
             shared: shared.map(|shared| build_shared(weights, shared)).transpose()?,
+            bias: weights.get_if(moe.output_bias, "output_bias", &[hidden])?,
         })
     }
 
@@ -154,6 +157,9 @@ impl Mixture {
             }
             y = ops::add(g, &y, &answer)?;
         }
+        if let Some(bias) = &self.bias {
+            y = ops::add_bias(g, &y, bias)?;
+        }
         Ok((y, routing))
     }
 
@@ -166,6 +172,7 @@ impl Mixture {
             all.extend(network.params());
             all.extend(gate);
         }
+        all.extend(&self.bias);
         all
     }
 
@@ -178,6 +185,7 @@ impl Mixture {
             all.extend(network.params_mut());
             all.extend(gate);
         }
+        all.extend(&mut self.bias);
         all
     }
 }

@@ -27,7 +27,9 @@ impl StreamNorm {
     /// x and result `[tokens, hidden]`.
     pub(crate) fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Var, ModelError> {
         Ok(match self.kind {
-            Norm::Rms { eps } => ops::rms_norm(g, x, &self.weight, eps as f32)?,
+            Norm::Rms { eps } | Norm::RmsFromOne { eps } => {
+                ops::rms_norm_plus(g, x, &self.weight, self.kind.offset(), eps as f32)?
+            }
         })
     }
 

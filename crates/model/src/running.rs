@@ -113,7 +113,11 @@ fn is_delicate(param: &str) -> bool {
 /// Whether a weight is a matrix, or a stack of them, of which only products (or rows) are asked.
 pub(crate) fn is_matrix(param: &str, shape: &[usize]) -> bool {
     let last = param.rsplit('.').next().unwrap_or(param);
-    shape.len() >= 2 && matches!(last, "q" | "k" | "v" | "o" | "gate_up" | "down" | "embedding" | "head")
+    shape.len() >= 2
+        && matches!(
+            last,
+            "q" | "k" | "v" | "o" | "qkv" | "qkvz" | "kv" | "z" | "in" | "gate_up" | "down" | "embedding" | "head"
+        )
 }
 
 /// What of a model is packed already, told while it is loaded.

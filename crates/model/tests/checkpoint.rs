@@ -147,7 +147,7 @@ fn broken_configurations_are_named() {
     let path = folder.path().join("config.json");
     let good: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let cases = [
-        ("model_type", json!("mamba"), "`model_type`: family `mamba` is not known; known are llama, mistral, mixtral"),
+        ("model_type", json!("mamba"), "`model_type`: family `mamba` is not known; known are jamba, jetmoe, lfm2_moe"),
         ("model_type", json!("a\nb"), r"`model_type`: family `a\nb` is not known"),
         ("model_type", Value::Null, "`model_type`: wanted a text, found nothing"),
         ("hidden_size", json!("8"), "`hidden_size`: wanted a whole number, found \"8\""),

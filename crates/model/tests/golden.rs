@@ -30,7 +30,9 @@ fn goldens() -> Vec<Golden> {
         let sequences = tokens.chunks(ids.shape[1]).map(<[u32]>::to_vec).collect();
         Golden { name, model, expected, sequences }
     };
-    ["mixtral", "mixtral_window_tied", "olmoe", "qwen2", "qwen3", "qwen3_moe", "llama"].map(open).into()
+    let attention = ["mixtral", "mixtral_window_tied", "olmoe", "qwen2", "qwen3", "qwen3_moe", "llama"];
+    let mixers = ["qwen3_next", "qwen3_5_moe", "lfm2_moe", "jamba", "jetmoe"];
+    attention.into_iter().chain(mixers).map(open).collect()
 }
 
 impl Golden {
@@ -50,7 +52,8 @@ impl Golden {
 #[derive(Default)]
 struct Seen {
     hidden: Vec<Var>,
-    routing: Vec<Routing>,
+    /// With the name of its place.
+    routing: Vec<(String, Routing)>,
 }
 
 impl Observer for Seen {
@@ -59,8 +62,12 @@ impl Observer for Seen {
         self.hidden.push(hidden.clone());
     }
 
-    fn routing(&mut self, _: usize, routing: &Routing) {
-        self.routing.push(routing.clone());
+    fn routing(&mut self, layer: usize, routing: &Routing) {
+        self.routing.push((layer.to_string(), routing.clone()));
+    }
+
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        self.routing.push((format!("attn.{layer}"), routing.clone()));
     }
 }
 
@@ -74,14 +81,15 @@ fn forward_and_routing() {
         for (i, hidden) in seen.hidden.iter().enumerate() {
             golden.close(&format!("hidden.{i}"), hidden.data());
         }
-        for (layer, routing) in seen.routing.iter().enumerate() {
+        for (layer, routing) in &seen.routing {
             golden.close(&format!("router_logits.{layer}"), routing.logits.data());
             golden.close(&format!("topk_weight.{layer}"), routing.topk_weight.data());
             let index = golden.expected.tensor(&format!("topk_index.{layer}")).unwrap().to_i64().unwrap();
             assert!(index.iter().copied().eq(routing.topk_index.iter().map(|&e| i64::from(e))), "{}", golden.name);
         }
         if !seen.routing.is_empty() {
-            let layers: Vec<&Routing> = seen.routing.iter().collect();
+            let networks = seen.routing.iter().filter(|(place, _)| !place.starts_with("attn."));
+            let layers: Vec<&Routing> = networks.map(|(_, routing)| routing).collect();
             golden.close("aux_loss", load_balancing_loss(&g, &layers).data());
         }
     }

@@ -1,12 +1,20 @@
 //! Token mixers: attention in its forms.
 
-use super::Rope;
+use super::{DeltaNet, HeadMixture, Mamba, Rope, ShortConvolution};
 
 /// What carries numbers from token to token.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Mixer {
     /// Softmax attention with grouped query heads.
     Attention(AttentionConfig),
+    /// Softmax attention whose query heads are experts.
+    HeadMixture(HeadMixture),
+    /// Linear attention by the gated delta rule.
+    DeltaNet(DeltaNet),
+    /// A gated convolution over a few tokens.
+    ShortConvolution(ShortConvolution),
+    /// A selective state space.
+    Mamba(Mamba),
 }
 
 impl Mixer {
@@ -14,6 +22,7 @@ impl Mixer {
     pub fn attention(&self) -> Option<&AttentionConfig> {
         match self {
             Self::Attention(attention) => Some(attention),
+            Self::HeadMixture(_) | Self::DeltaNet(_) | Self::ShortConvolution(_) | Self::Mamba(_) => None,
         }
     }
 }
@@ -37,6 +46,9 @@ pub struct AttentionConfig {
     pub qk_norm: QkNorm,
     /// Whether queries, keys and values have biases.
     pub qkv_bias: bool,
+    /// Whether what a head has read is multiplied with the logistic function of a projection of the token, which is stored
+    /// behind the head's query (Qwen3-Next).
+    pub gated: bool,
 }
 
 /// What a token sees of those before it.

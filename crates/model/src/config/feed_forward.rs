@@ -29,6 +29,8 @@ pub struct MoeFfn {
     pub router: RouterSettings,
     /// What every token passes besides.
     pub shared: Option<SharedExperts>,
+    /// Whether a bias is added to the experts' sum (JetMoE).
+    pub output_bias: bool,
 }
 
 /// A network beside the chosen experts that every token passes; published models count it as several experts.
@@ -48,7 +50,13 @@ impl Ffn {
 
     /// SwiGLU experts behind a softmax router.
     pub fn moe_of(n_experts: usize, top_k: usize, width: usize, renormalise: bool) -> Self {
-        Self::Moe(MoeFfn { n_experts, width, router: RouterSettings::softmax(top_k, renormalise), shared: None })
+        Self::Moe(MoeFfn {
+            n_experts,
+            width,
+            router: RouterSettings::softmax(top_k, renormalise),
+            shared: None,
+            output_bias: false,
+        })
     }
 
     /// The experts, if it has some.

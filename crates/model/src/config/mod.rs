@@ -4,12 +4,14 @@
 mod attention;
 mod feed_forward;
 mod position;
+mod recurrent;
 mod uniform;
 mod validate;
 
 pub use attention::{AttentionConfig, Mixer, QkNorm, Reach};
 pub use feed_forward::{DenseFfn, Ffn, MoeFfn, SharedExperts};
 pub use position::{Rope, RopePairs, RopeScaling};
+pub use recurrent::{DeltaNet, DeltaProjections, HeadMixture, Mamba, ShortConvolution};
 pub use uniform::UniformDecoder;
 pub(crate) use validate::check_layer_count;
 
@@ -30,6 +32,8 @@ pub struct ModelConfig {
     pub max_positions: usize,
     /// The norms of the residual stream, those of layers and the last.
     pub norm: Norm,
+    /// The last norm, where it is another one (JetMoE).
+    pub last_norm: Option<Norm>,
     /// Where in a layer they stand.
     pub norm_place: NormPlace,
     /// Constant factors.
@@ -99,13 +103,26 @@ pub enum Norm {
         /// Added to the mean square.
         eps: f64,
     },
+    /// As `Rms`, times one plus the weight (Gemma, Qwen3-Next).
+    RmsFromOne {
+        /// Added to the mean square.
+        eps: f64,
+    },
 }
 
 impl Norm {
     /// What is added to the mean square, or the variance.
     pub fn eps(self) -> f64 {
         match self {
-            Self::Rms { eps } => eps,
+            Self::Rms { eps } | Self::RmsFromOne { eps } => eps,
+        }
+    }
+
+    /// What is added to the weights of an RMSNorm.
+    pub(crate) fn offset(self) -> f32 {
+        match self {
+            Self::Rms { .. } => 0.0,
+            Self::RmsFromOne { .. } => 1.0,
         }
     }
 }

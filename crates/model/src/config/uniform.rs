@@ -71,6 +71,7 @@ impl UniformDecoder<'_> {
             scale: (self.head_dim as f64).powf(-0.5),
             qk_norm: self.qk_norm,
             qkv_bias: self.qkv_bias,
+            gated: false,
         };
         let layer = LayerConfig { mixer: Mixer::Attention(attention), ffn: self.ffn };
         ModelConfig {
@@ -80,6 +81,7 @@ impl UniformDecoder<'_> {
             layers: vec![layer; self.n_layers],
             max_positions: self.max_positions,
             norm: Norm::Rms { eps: self.rms_eps },
+            last_norm: None,
             norm_place: NormPlace::Before,
             scales: Scales::default(),
             routing: None,

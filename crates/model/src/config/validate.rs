@@ -1,6 +1,7 @@
 //! Contradictions in a configuration, by the key of Hugging Face's spelling.
 
 use super::{AttentionConfig, DepthSampler, Ffn, LayerConfig, Mixer, ModelConfig, MoeFfn, Reach, Rope};
+use moebius_moe::RouterSettings;
 
 /// The largest size that any one dimension may ask for: far above published models, far below what overflows.
 const LARGEST: usize = 1 << 24;
@@ -11,11 +12,32 @@ const MOST_EXPERTS: usize = 1 << 20;
 /// The most weights: sixteen times the largest published model's, times sixteen again.
 const MOST_WEIGHTS: u128 = 1 << 48;
 
-/// What is wrong: a key, and what was wanted and found.
-type Wrong = (&'static str, String);
+/// The most tokens that a convolution may see: published ones see three or four.
+const MOST_TAPS: usize = 1 << 10;
 
-fn check_size(key: &'static str, size: usize) -> Result<(), Wrong> {
+/// What is wrong: a key, and what was wanted and found.
+pub(super) type Wrong = (&'static str, String);
+
+pub(super) fn check_size(key: &'static str, size: usize) -> Result<(), Wrong> {
     if (1..=LARGEST).contains(&size) { Ok(()) } else { Err((key, format!("wanted 1 to {LARGEST}, found {size}"))) }
+}
+
+/// Looks at the experts of one layer of `n_layers`.
+pub(super) fn check_experts(n_experts: usize, router: &RouterSettings, n_layers: usize) -> Result<(), Wrong> {
+    let most = (1 << 16).min(MOST_EXPERTS / n_layers);
+    if !(1..=most).contains(&n_experts) {
+        return Err(("num_local_experts", format!("wanted 1 to {most}, found {n_experts}")));
+    }
+    if !(1..=n_experts).contains(&router.top_k) {
+        let found = router.top_k;
+        return Err(("num_experts_per_tok", format!("wanted 1 to the {n_experts} experts, found {found}")));
+    }
+    router.check(n_experts).map_err(|error| ("n_group", error.to_string()))
+}
+
+/// Looks at the tokens that a convolution sees.
+pub(super) fn check_taps(key: &'static str, taps: usize) -> Result<(), Wrong> {
+    if (1..=MOST_TAPS).contains(&taps) { Ok(()) } else { Err((key, format!("wanted 1 to {MOST_TAPS}, found {taps}"))) }
 }
 
 fn check_number(key: &'static str, least: f64, number: f64) -> Result<(), Wrong> {
@@ -110,7 +132,7 @@ impl ModelConfig {
     pub fn count_weights_of(&self, n_layers: usize) -> u128 {
         // At sizes up to the largest, a product needs more than 64 bits.
         let layers = self.layers.iter().take(n_layers);
-        let rows: u128 = layers.map(|layer| layer.mixer.count_rows() + layer.ffn.count_rows()).sum();
+        let rows: u128 = layers.map(|layer| layer.mixer.count_rows(self.hidden) + layer.ffn.count_rows()).sum();
         self.hidden as u128 * (2 * self.vocab_size as u128 + rows)
     }
 }
@@ -119,18 +141,14 @@ impl LayerConfig {
     fn validate(&self, n_layers: usize) -> Result<(), Wrong> {
         match &self.mixer {
             Mixer::Attention(attention) => attention.validate()?,
+            Mixer::HeadMixture(mixture) => mixture.validate()?,
+            Mixer::DeltaNet(net) => net.validate()?,
+            Mixer::ShortConvolution(convolution) => convolution.validate()?,
+            Mixer::Mamba(mamba) => mamba.validate()?,
         }
         check_size("intermediate_size", self.ffn.width())?;
         let Ffn::Moe(MoeFfn { n_experts, router, shared, .. }) = self.ffn else { return Ok(()) };
-        let most = (1 << 16).min(MOST_EXPERTS / n_layers);
-        if !(1..=most).contains(&n_experts) {
-            return Err(("num_local_experts", format!("wanted 1 to {most}, found {n_experts}")));
-        }
-        if !(1..=n_experts).contains(&router.top_k) {
-            let found = router.top_k;
-            return Err(("num_experts_per_tok", format!("wanted 1 to the {n_experts} experts, found {found}")));
-        }
-        router.check(n_experts).map_err(|error| ("n_group", error.to_string()))?;
+        check_experts(n_experts, &router, n_layers)?;
         shared.map_or(Ok(()), |shared| check_size("shared_expert_intermediate_size", shared.width))
     }
 }
@@ -162,7 +180,7 @@ impl AttentionConfig {
 }
 
 impl Rope {
-    fn validate(&self, head_dim: usize) -> Result<(), Wrong> {
+    pub(super) fn validate(&self, head_dim: usize) -> Result<(), Wrong> {
         if !self.dims.is_multiple_of(2) || !(1..=head_dim).contains(&self.dims) {
             let (key, dims) = if self.dims == head_dim {
                 ("head_dim", String::new())
@@ -177,11 +195,16 @@ impl Rope {
 
 impl Mixer {
     /// Rows of its matrices, each as wide as the residual stream.
-    fn count_rows(&self) -> u128 {
+    fn count_rows(&self, hidden: usize) -> u128 {
         match self {
-            Self::Attention(AttentionConfig { n_heads, n_kv_heads, head_dim, .. }) => {
-                2 * (*n_heads as u128 + *n_kv_heads as u128) * *head_dim as u128
+            Self::Attention(AttentionConfig { n_heads, n_kv_heads, head_dim, gated, .. }) => {
+                let [heads, kv_heads] = [*n_heads, *n_kv_heads].map(|heads| heads as u128);
+                (2 * (heads + kv_heads) + if *gated { heads } else { 0 }) * *head_dim as u128
             }
+            Self::HeadMixture(mixture) => mixture.count_rows(),
+            Self::DeltaNet(net) => net.count_rows(),
+            Self::ShortConvolution(_) => 4 * hidden as u128,
+            Self::Mamba(mamba) => mamba.count_rows(hidden),
         }
     }
 }

@@ -1,7 +1,11 @@
 //! Families: how published models spell what [`ModelConfig`] and our weights say. A family is data; the arithmetic is
 //! elsewhere.
 
+mod hybrid;
+mod jamba;
+mod jetmoe;
 mod keys;
+mod lfm2_moe;
 mod llama;
 mod mistral;
 mod mixtral;
@@ -9,11 +13,13 @@ mod moebius;
 mod olmoe;
 mod qwen2;
 mod qwen3;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
 mod shared;
 
 use crate::{ModelConfig, ModelError};
-use keys::Keys;
+pub(crate) use keys::Keys;
 use serde_json::{Map, Value};
 use std::ops::Range;
 
@@ -47,6 +53,9 @@ pub struct TensorMap {
 /// All families, in the order of their names.
 pub fn all() -> &'static [Family] {
     &[
+        jamba::FAMILY,
+        jetmoe::FAMILY,
+        lfm2_moe::FAMILY,
         llama::FAMILY,
         mistral::FAMILY,
         mixtral::FAMILY,
@@ -54,7 +63,9 @@ pub fn all() -> &'static [Family] {
         olmoe::FAMILY,
         qwen2::FAMILY,
         qwen3::FAMILY,
+        qwen3_5_moe::FAMILY,
         qwen3_moe::FAMILY,
+        qwen3_next::FAMILY,
     ]
 }
 

@@ -74,8 +74,8 @@ pub(super) fn layer_count(keys: &Keys) -> Result<usize, ModelError> {
 /// Changes the attention of every layer.
 pub(super) fn with_attention(mut config: ModelConfig, change: impl Fn(&mut AttentionConfig)) -> ModelConfig {
     for layer in &mut config.layers {
-        match &mut layer.mixer {
-            Mixer::Attention(attention) => change(attention),
+        if let Mixer::Attention(attention) = &mut layer.mixer {
+            change(attention);
         }
     }
     config
@@ -174,13 +174,9 @@ pub(super) fn tensors(config: &ModelConfig, feed_forward: impl Fn(usize) -> Vec<
     for (layer, parts) in config.layers.iter().enumerate() {
         let (theirs, ours) = (format!("model.layers.{layer}"), format!("layers.{layer}"));
         all.push(vector(&format!("{theirs}.input_layernorm"), &format!("{ours}.attention_norm"), hidden));
-        match &parts.mixer {
-            Mixer::Attention(attention) => all.extend(attention_tensors(
-                attention,
-                hidden,
-                &format!("{theirs}.self_attn"),
-                &format!("{ours}.attention"),
-            )),
+        if let Mixer::Attention(attention) = &parts.mixer {
+            let (theirs, ours) = (format!("{theirs}.self_attn"), format!("{ours}.attention"));
+            all.extend(attention_tensors(attention, hidden, &theirs, &ours));
         }
         all.push(vector(&format!("{theirs}.post_attention_layernorm"), &format!("{ours}.ffn_norm"), hidden));
         all.extend(feed_forward(layer));
@@ -196,9 +192,10 @@ pub(super) fn tensors(config: &ModelConfig, feed_forward: impl Fn(usize) -> Vec<
 pub(super) fn attention_tensors(config: &AttentionConfig, hidden: usize, theirs: &str, ours: &str) -> Vec<TensorMap> {
     let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
     let (queries, keys) = (n_heads * head_dim, n_kv_heads * head_dim);
+    let stored = if config.gated { 2 * queries } else { queries };
     let mut all = Vec::new();
     for (letter, rows, cols) in
-        [("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)]
+        [("q", stored, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)]
     {
         all.push(matrix(&format!("{theirs}.{letter}_proj"), &format!("{ours}.{letter}"), rows, cols));
     }
@@ -296,6 +293,7 @@ pub(super) fn part(theirs: &str, ours: &str, first: usize, rows: usize, cols: us
     }
 }
 
-fn vector(theirs: &str, ours: &str, len: usize) -> TensorMap {
+/// A whole vector.
+pub(super) fn vector(theirs: &str, ours: &str, len: usize) -> TensorMap {
     TensorMap { file_name: format!("{theirs}.weight"), file_shape: vec![len], param: ours.into(), rows: 0..1 }
 }
