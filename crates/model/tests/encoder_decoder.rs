@@ -98,7 +98,7 @@ fn loss_and_every_gradient() {
     let named = golden.model.named_tensors(|param| gradients.get(param.id()));
     assert_eq!(named.len(), golden.expected.tensors().filter(|tensor| tensor.name.starts_with("grad.")).count());
     for tensor in named {
-        golden.close(&format!("grad.{}", tensor.name), tensor.data);
+        golden.close(&format!("grad.{}", tensor.name), &tensor.data);
     }
 }
 
