@@ -43,6 +43,8 @@ pub enum Command {
     Chat(ChatArguments),
     /// Train a model by a recipe
     Train(TrainArguments),
+    /// Train several recipes on the same tokens over several seeds, and compare them
+    Compare(CompareArguments),
     /// Measure loss, perplexity and bits a byte on a text
     Eval(EvalArguments),
     /// Measure speed, against what the machine can do
@@ -295,6 +297,36 @@ pub struct TrainArguments {
     /// Begin anew where DIR holds a run already, which is deleted
     #[arg(long)]
     pub force: bool,
+}
+
+const COMPARE_EXAMPLES: &str = "\
+Examples:
+  moebius compare dense.toml sparse.toml --out runs/comparison
+  moebius compare dense.toml sparse.toml wide.toml --out runs/comparison --seeds 1,2,3,4,5 --json
+
+All recipes must have the same [data], [tokenizer], sequence_length, tokens a step and sequences in a validation; the \
+first is what the others are measured against. DIR gets runs/, compare.json and compare.html. A run is known by the \
+content of its recipe and its seed: one that is there is not made again, one that was interrupted goes on.";
+
+/// `moebius compare`.
+#[derive(Debug, Args)]
+#[command(after_help = COMPARE_EXAMPLES)]
+pub struct CompareArguments {
+    /// The recipes, two or more
+    #[arg(required = true, value_name = "RECIPE")]
+    pub recipes: Vec<PathBuf>,
+
+    /// The folder for everything that the comparison writes
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// The seeds, instead of the recipes' own
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 2, 3])]
+    pub seeds: Vec<u64>,
+
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
 }
 
 const EVAL_EXAMPLES: &str = "\

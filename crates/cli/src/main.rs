@@ -51,6 +51,7 @@ fn dispatch(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Pack(pack) => commands::pack::execute(pack),
         Command::Chat(chat) => commands::chat::execute(chat),
         Command::Train(train) => commands::train::execute(train),
+        Command::Compare(compare) => commands::compare::execute(compare),
         Command::Eval(eval) => commands::eval::execute(eval),
         Command::Bench(bench) => commands::bench::execute(bench),
         Command::Serve(serve) => commands::serve::execute(serve),

@@ -31,8 +31,8 @@ pub struct Record {
 /// What one layer's router computed.
 #[derive(Debug, Default)]
 pub struct LayerRouting {
-    /// The layer's number among all layers, from 0.
-    pub layer: usize,
+    /// The layer's number among all layers, from 0; behind `attn.` for a router of attention heads.
+    pub place: String,
     /// Number of experts.
     pub n_experts: usize,
     /// Experts chosen for a token.
@@ -78,13 +78,23 @@ impl Observer for Recorder {
     }
 
     fn routing(&mut self, layer: usize, routing: &Routing) {
+        self.keep(layer.to_string(), routing);
+    }
+
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        self.keep(format!("attn.{layer}"), routing);
+    }
+}
+
+impl Recorder {
+    fn keep(&mut self, place: String, routing: &Routing) {
         if !self.keep.routing {
             return;
         }
         let all = &mut self.record.routing;
-        let at = all.iter().position(|known| known.layer == layer).unwrap_or_else(|| {
+        let at = all.iter().position(|known| known.place == place).unwrap_or_else(|| {
             all.push(LayerRouting {
-                layer,
+                place,
                 n_experts: routing.plan.n_experts(),
                 top_k: routing.topk_index.len() / routing.plan.n_tokens().max(1),
                 ..LayerRouting::default()

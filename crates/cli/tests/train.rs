@@ -84,6 +84,33 @@ fn a_run_leaves_a_model_that_runs() {
     assert!(out.join("model/model.safetensors").exists());
 }
 
+/// Samples are written on the way by the engine, the same each time; the log, the page and TensorBoard's file have them.
+#[test]
+fn samples_spikes_and_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = write_recipe(folder.path(), 40);
+    let more = "\n[samples]\nevery = 20\nprompts = [\"the sea\", \"old\"]\ntokens = 8\n\n[optimizer.groups.router]\nweight_decay = 0\n";
+    std::fs::write(&recipe, std::fs::read_to_string(&recipe).unwrap() + more).unwrap();
+    let samples = |out: &Path| {
+        let log = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let is_sample = |line: &&str| line.starts_with("{\"kind\":\"sample\"");
+        log.lines().filter(is_sample).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let output = run(&["train", text(&recipe), "--out", text(&first)]);
+    let lines = stderr(&output);
+    for part in ["step 20: writes \"the sea", "step 40: writes \"old", "MaxVio", "router entropy", "dead "] {
+        assert!(lines.contains(part), "{part:?} is missing in {lines}");
+    }
+    train(&recipe, &second, &["--threads", "1"]);
+    assert_eq!(samples(&first).len(), 4);
+    assert_eq!(samples(&first), samples(&second));
+    let page = std::fs::read_to_string(first.join("report.html")).unwrap();
+    assert!(page.contains("<b>the sea</b>") && page.contains("MaxVio"));
+    let events = std::fs::read_dir(first.join("tensorboard")).unwrap().next().expect("a file").unwrap();
+    assert!(events.file_name().to_string_lossy().starts_with("events.out.tfevents."));
+}
+
 #[test]
 fn a_killed_run_goes_on_to_the_same_bits() {
     const STEPS: usize = 200;

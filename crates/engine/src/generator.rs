@@ -165,8 +165,7 @@ impl<'m> Generator<'m> {
         }
         let shared = session.tokens().iter().zip(prompt).take_while(|(read, wanted)| read == wanted).count();
         // The last token is read in any case: the text begins with the logits behind it.
-        let cached_tokens = shared.min(prompt.len() - 1);
-        session.rewind(cached_tokens);
+        let cached_tokens = session.rewind(shared.min(prompt.len() - 1));
         let mut run = Run {
             options,
             context,

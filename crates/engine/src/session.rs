@@ -3,7 +3,7 @@
 use moebius_kernels::attention::LayerCache;
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::parallel::with_team;
-use moebius_model::{Batch, KvCache, Model, Numerics, Observer};
+use moebius_model::{Batch, KvCache, Model, Numerics, Observer, Silent};
 use moebius_tensor::{Graph, Tensor, Var};
 
 use crate::EngineError;
@@ -66,10 +66,31 @@ impl<'m> Session<'m> {
         self.cache.earliest()
     }
 
-    /// Forgets all but the first `positions` tokens, so that another text may follow them.
-    pub fn rewind(&mut self, positions: usize) {
-        self.tokens.truncate(positions);
-        self.cache.truncate(self.tokens.len());
+    /// Forgets all but the first `positions` tokens, so that another text may follow them; gives how many are left. A model
+    /// whose state stands only for all that it has read forgets everything, unless nothing need be forgotten.
+    pub fn rewind(&mut self, positions: usize) -> usize {
+        let positions = positions.min(self.tokens.len());
+        if positions < self.cache.earliest() {
+            self.tokens.clear();
+            self.cache = KvCache::new(&self.model.config, self.numerics.cache);
+        } else {
+            self.tokens.truncate(positions);
+            self.cache.truncate(positions);
+        }
+        self.tokens.len()
+    }
+
+    /// Makes the cache hold the tokens read and no others, after a pass that failed: lower layers may have taken what the
+    /// failing one has not. A state that cannot go back reads them again.
+    fn restore(&mut self) {
+        let tokens = self.tokens.clone();
+        if self.rewind(tokens.len()) < tokens.len() {
+            let (graph, batch) = (Graph::inference(self.numerics.precision), Batch::continuing(&tokens, 0));
+            // What was read once can be read again.
+            if self.model.forward(&graph, &batch, Some(&mut [&mut self.cache]), &mut Silent).is_ok() {
+                self.tokens = tokens;
+            }
+        }
     }
 
     /// Reads tokens after those read before, and gives the logits of what may follow the last one, `[vocab]`.
@@ -140,10 +161,7 @@ fn read_awake(
     let hidden = match model.forward(&graph, &batch, Some(&mut caches), observer) {
         Ok(hidden) => hidden,
         Err(error) => {
-            // Lower layers may have cached what the failing one has not.
-            for Reading { session, .. } in readings {
-                session.cache.truncate(session.tokens.len());
-            }
+            readings.iter_mut().for_each(|reading| reading.session.restore());
             return Err(error.into());
         }
     };
@@ -174,4 +192,59 @@ fn read_awake(
         logits.as_ref().map_or_else(Vec::new, |logits| logits.data()[part].to_vec())
     };
     Ok(readings.iter().zip(batch.starts.windows(2)).zip(counts).map(give).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moebius_model::config::{LayerConfig, Mamba, Mixer};
+    use moebius_model::{ModelConfig, UniformDecoder};
+
+    /// A layer of attention, then one with a state.
+    fn model() -> Model {
+        let uniform = UniformDecoder { vocab_size: 32, hidden: 32, head_dim: 8, ..UniformDecoder::default() }.config();
+        let mamba = Mamba { width: 64, states: 4, taps: 3, rank: 2, convolution_bias: true, projection_bias: false };
+        let state = LayerConfig { mixer: Mixer::Mamba(mamba), ffn: uniform.layers[0].ffn };
+        let config = ModelConfig { layers: vec![uniform.layers[0].clone(), state], ..uniform };
+        Model::new(&config, 7).unwrap()
+    }
+
+    #[test]
+    fn a_state_cannot_go_back_and_what_follows_is_the_same() {
+        let model = model();
+        let fresh = |tokens: &[u32]| Session::new(&model, Precision::F32).read(tokens, &mut Silent).unwrap();
+        let mut session = Session::new(&model, Precision::F32);
+        assert_eq!(session.read(&[1, 2, 3, 4], &mut Silent).unwrap(), fresh(&[1, 2, 3, 4]));
+        // Nothing to forget: everything stays.
+        assert_eq!(session.rewind(4), 4);
+        assert_eq!(session.read(&[5], &mut Silent).unwrap(), fresh(&[1, 2, 3, 4, 5]));
+        // Anything to forget: all goes, and is read again by whoever wants it.
+        assert_eq!(session.rewind(2), 0);
+        assert_eq!(session.read(&[1, 2, 9], &mut Silent).unwrap(), fresh(&[1, 2, 9]));
+    }
+
+    #[test]
+    fn a_spoilt_state_is_made_again() {
+        let model = model();
+        let mut session = Session::new(&model, Precision::F32);
+        session.read(&[1, 2], &mut Silent).unwrap();
+        // As if a pass had failed half-way.
+        let batch = Batch::continuing(&[7], 2);
+        model.forward(&Graph::inference(Precision::F32), &batch, Some(&mut [&mut session.cache]), &mut Silent).unwrap();
+        session.restore();
+        assert_eq!((session.tokens(), session.cache.len()), (&[1, 2][..], 2));
+        let wanted = Session::new(&model, Precision::F32).read(&[1, 2, 3], &mut Silent).unwrap();
+        assert_eq!(session.read(&[3], &mut Silent).unwrap(), wanted);
+    }
+
+    #[test]
+    fn a_refused_pass_leaves_the_sequence_where_it_was() {
+        let model = model();
+        let mut session = Session::new(&model, Precision::F32);
+        session.read(&[1, 2], &mut Silent).unwrap();
+        assert!(session.read(&[3, 99], &mut Silent).is_err());
+        assert_eq!(session.tokens(), [1, 2]);
+        let wanted = Session::new(&model, Precision::F32).read(&[1, 2, 3], &mut Silent).unwrap();
+        assert_eq!(session.read(&[3], &mut Silent).unwrap(), wanted);
+    }
 }

@@ -277,15 +277,8 @@ fn attention_pairs(length: usize) -> usize {
 }
 
 fn attentions(bench: &mut Bench, names: [&'static str; 2], heads: [usize; 3], length: usize, tokens: usize) {
-    let [n_heads, n_kv_heads, head_dim] = heads;
-    let shape = AttentionShape {
-        n_heads,
-        n_kv_heads,
-        head_dim,
-        scale: 1.0 / (head_dim as f32).sqrt(),
-        window: None,
-        bidirectional: false,
-    };
+    let [n_heads, _, head_dim] = heads;
+    let shape = AttentionShape::grouped(heads, 1.0 / (head_dim as f32).sqrt());
     let starts: Vec<usize> = (0..=tokens / length).map(|i| i * length).collect();
     let (n, m) = (tokens * shape.query_width(), tokens * shape.key_width());
     let (q, k, v, dout) = (numbers(1, n), numbers(2, m), numbers(3, m), numbers(4, n));
@@ -294,35 +287,34 @@ fn attentions(bench: &mut Bench, names: [&'static str; 2], heads: [usize; 3], le
         names[0],
         Limit::Compute(operations),
         [vec![0.0; n], vec![0.0; n_heads * tokens]],
-        |[out, lse]| attention::attention_forward(&shape, &q, &k, &v, &starts, out, lse),
-        |[out, lse]| attention::attention_reference(&shape, &q, &k, &v, &starts, out, lse),
+        |[out, lse]| attention::attention_forward(&shape, [&q, &k, &v], None, &starts, out, lse),
+        |[out, lse]| attention::attention_reference(&shape, [&q, &k, &v], None, &starts, out, lse),
     );
     let (mut out, mut lse) = (vec![0.0; n], vec![0.0; n_heads * tokens]);
-    attention::attention_forward(&shape, &q, &k, &v, &starts, &mut out, &mut lse);
+    attention::attention_forward(&shape, [&q, &k, &v], None, &starts, &mut out, &mut lse);
     let saved = Saved { q: &q, k: &k, v: &v, sequence_starts: &starts, out: &out, lse: &lse };
     bench.add(
         names[1],
         Limit::Compute(operations / 2 * 5),
         [vec![0.0; n], vec![0.0; m], vec![0.0; m]],
         |[dq, dk, dv]| attention::attention_backward(&shape, &saved, &dout, dq, dk, dv),
-        |[dq, dk, dv]| attention::attention_backward_reference(&shape, &saved, &dout, dq, dk, dv),
+        |[dq, dk, dv]| attention::attention_backward_reference(&shape, &saved, None, &dout, [dq, dk, dv]),
     );
 }
 
 fn decoding(bench: &mut Bench) {
-    let shape =
-        AttentionShape { n_heads: 32, n_kv_heads: 8, head_dim: 128, scale: 0.1, window: None, bidirectional: false };
+    let shape = AttentionShape::grouped([32, 8, 128], 0.1);
     let positions = 2048;
     let n = positions * shape.key_width();
     let (q, keys, values) = (numbers(1, shape.query_width()), numbers(2, n), numbers(3, n));
     let mut cache = attention::LayerCache::new(8, 128, attention::CacheFormat::F32);
     cache.push(&keys, &values);
-    let sequence = [attention::CachedSequence { rows: 1, cache: &cache }];
+    let sequence = [attention::CachedSequence { rows: 1, cache: attention::Cached::KeysValues(&cache) }];
     bench.add(
         "attention_cached (1 row of 2048)",
         Limit::Memory(8 * n),
         [vec![0.0; q.len()]],
-        |[out]| attention::attention_cached(&shape, &q, &sequence, out),
+        |[out]| attention::attention_cached(&shape, &q, None, &sequence, out),
         |[out]| attention::attention_cached_reference(&shape, &q, positions - 1, &keys, &values, out),
     );
 }

@@ -2,9 +2,12 @@
 
 pub mod activation;
 pub mod attention;
+pub mod attention_biased;
 pub mod formats;
+pub mod gates;
 pub mod gemm;
 pub mod isa;
+pub mod layer_norm;
 pub mod loss;
 pub mod machine;
 pub mod memory;
@@ -13,7 +16,9 @@ pub mod norm;
 pub mod optimizer;
 pub mod orthogonal;
 pub mod parallel;
+pub mod pointwise;
 pub mod quantised;
+pub mod recurrent;
 pub mod rope;
 pub mod select;
 mod simd;

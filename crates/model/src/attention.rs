@@ -1,7 +1,7 @@
 //! Causal self-attention with grouped query heads and rotary positions (Ainslie et al. 2023, Su et al. 2021).
 
 use crate::cache::LayerState;
-use crate::config::{AttentionConfig, ModelConfig};
+use crate::config::{AttentionConfig, ModelConfig, QkNorm, Reach, Temperature};
 use crate::position::RotaryAngles;
 use crate::weights::Weights;
 use crate::{Batch, ModelError};
@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// One layer's attention.
 #[derive(Debug)]
 pub(crate) struct Attention {
-    /// `[n_heads * head_dim, hidden]`.
+    /// `[n_heads * head_dim, hidden]`; gated, each head's rows are its query's, then its gate's.
     q: Param,
     /// `[n_kv_heads * head_dim, hidden]`.
     k: Param,
@@ -25,10 +25,15 @@ pub(crate) struct Attention {
     norms: Option<[Param; 2]>,
     /// The biases of queries, keys and values, if they have them.
     biases: Option<[Param; 3]>,
+    /// `[hidden]`.
+    o_bias: Option<Param>,
+    /// `[n_heads]`.
+    sinks: Option<Param>,
+    config: AttentionConfig,
     shape: AttentionShape,
     rotation: Option<Arc<RotaryAngles>>,
-    /// Added to the mean square in the norms of queries and keys.
-    eps: f32,
+    /// Added to the weights and to the mean square in the norms of queries and keys.
+    norm: [f32; 2],
 }
 
 impl Attention {
@@ -43,7 +48,7 @@ impl Attention {
         let rotation = config.rope.as_ref().map(|rope| weights.rotations.of(rope));
         weights.within("attention.", |weights| {
             Ok(Self {
-                q: weights.get("q", &[queries, hidden])?,
+                q: weights.get("q", &[if config.gated { 2 * queries } else { queries }, hidden])?,
                 k: weights.get("k", &[keys, hidden])?,
                 v: weights.get("v", &[keys, hidden])?,
                 o: weights.get("o", &[hidden, queries])?,
@@ -59,9 +64,12 @@ impl Attention {
                     ]),
                     false => None,
                 },
+                o_bias: weights.get_if(config.o_bias, "o_bias", &[hidden])?,
+                sinks: weights.get_if(config.sinks, "sinks", &[n_heads])?,
+                config: config.clone(),
                 shape: shape(config),
                 rotation,
-                eps: model.norm.eps() as f32,
+                norm: [model.norm.offset(), model.norm.eps() as f32],
             })
         })
     }
@@ -84,61 +92,113 @@ impl Attention {
             (q, k) = (ops::add_bias(g, &q, q_bias)?, ops::add_bias(g, &k, k_bias)?);
             v = ops::add_bias(g, &v, v_bias)?;
         }
-        if let Some([q_norm, k_norm]) = &self.norms {
-            (q, k) = (ops::rms_norm(g, &q, q_norm, self.eps)?, ops::rms_norm(g, &k, k_norm, self.eps)?);
+        let gate = if self.config.gated { Some(split_gate(g, shape.head_dim, &mut q)?) } else { None };
+        let is_turned_first = matches!(self.config.qk_norm, QkNorm::HeadTurned | QkNorm::UnitTurned);
+        if !is_turned_first {
+            (q, k) = self.normed(g, q, k)?;
+        }
+        if let Some(clip) = self.config.clip {
+            [q, k, v] = [&q, &k, &v].map(|x| ops::clamp(g, x, clip as f32));
         }
         if let Some(rotation) = &self.rotation {
             let table = rotation.covering(batch.end_position());
             let turn = |x: &Var, heads| ops::rope(g, x, heads, shape.head_dim, &batch.positions, &table);
             (q, k) = (turn(&q, shape.n_heads)?, turn(&k, shape.n_kv_heads)?);
         }
-        let attended = match states {
-            None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,
-            Some(states) => attend_cached(shape, &q, [k.data(), v.data()], batch, states),
+        if is_turned_first {
+            (q, k) = self.normed(g, q, k)?;
+        }
+        if let Some(temperature) = self.config.temperature {
+            let factors = batch.positions.iter().map(|&position| temperature.at(position)).collect();
+            q = ops::scale_rows_by(g, &q, factors)?;
+        }
+        let mut attended = match states {
+            None => ops::attention_with_sinks(g, [&q, &k, &v], self.sinks.as_ref(), shape, &batch.starts)?,
+            Some(states) => attend_cached(shape, &q, [k.data(), v.data()], self.sinks.as_ref(), batch, states),
         };
-        Ok(ops::linear(g, &attended, &self.o)?)
+        if let Some(gate) = gate {
+            attended = ops::multiply(g, &attended, &ops::sigmoid(g, &gate))?;
+        }
+        let answer = ops::linear(g, &attended, &self.o)?;
+        Ok(match &self.o_bias {
+            None => answer,
+            Some(bias) => ops::add_bias(g, &answer, bias)?,
+        })
+    }
+
+    /// Queries and keys normed as the configuration says.
+    fn normed<'p>(&'p self, g: &Graph<'p>, q: Var, k: Var) -> Result<(Var, Var), ModelError> {
+        if self.config.qk_norm == QkNorm::UnitTurned {
+            let unit = |x: &Var| ops::unit_rms_norm(g, x, self.shape.head_dim, self.norm[1]);
+            return Ok((unit(&q)?, unit(&k)?));
+        }
+        match &self.norms {
+            None => Ok((q, k)),
+            Some([q_norm, k_norm]) => {
+                let normed = |x: &Var, weight: &'p Param| ops::rms_norm_plus(g, x, weight, self.norm[0], self.norm[1]);
+                Ok((normed(&q, q_norm)?, normed(&k, k_norm)?))
+            }
+        }
     }
 
     pub(crate) fn params(&self) -> Vec<&Param> {
-        let Self { q, k, v, o, norms, biases, .. } = self;
-        [q, k, v, o].into_iter().chain(norms.iter().flatten()).chain(biases.iter().flatten()).collect()
+        let Self { q, k, v, o, norms, biases, o_bias, sinks, .. } = self;
+        let vectors = norms.iter().flatten().chain(biases.iter().flatten()).chain(o_bias).chain(sinks);
+        [q, k, v, o].into_iter().chain(vectors).collect()
     }
 
     pub(crate) fn params_mut(&mut self) -> Vec<&mut Param> {
-        let Self { q, k, v, o, norms, biases, .. } = self;
-        [q, k, v, o].into_iter().chain(norms.iter_mut().flatten()).chain(biases.iter_mut().flatten()).collect()
+        let Self { q, k, v, o, norms, biases, o_bias, sinks, .. } = self;
+        let vectors = norms.iter_mut().flatten().chain(biases.iter_mut().flatten()).chain(o_bias).chain(sinks);
+        [q, k, v, o].into_iter().chain(vectors).collect()
     }
+}
+
+impl Temperature {
+    /// What the query of a position is multiplied with.
+    fn at(&self, position: u32) -> f32 {
+        let step = ((position as f32 + 1.0) / self.floor as f32).floor();
+        step.ln_1p() * self.scale as f32 + 1.0
+    }
+}
+
+/// Takes the gates out of projected queries; both are `[tokens, n_heads * head_dim]` then.
+fn split_gate<'p>(g: &Graph<'p>, head_dim: usize, q: &mut Var) -> Result<Var, ModelError> {
+    let gate = ops::columns(g, q, 2 * head_dim, head_dim..2 * head_dim)?;
+    *q = ops::columns(g, q, 2 * head_dim, 0..head_dim)?;
+    Ok(gate)
 }
 
 fn shape(config: &AttentionConfig) -> AttentionShape {
-    AttentionShape {
-        n_heads: config.n_heads,
-        n_kv_heads: config.n_kv_heads,
-        head_dim: config.head_dim,
-        scale: config.scale as f32,
-        window: config.reach.window(),
-        bidirectional: false,
-    }
+    let heads = [config.n_heads, config.n_kv_heads, config.head_dim];
+    let (window, chunk) = match config.reach {
+        Reach::All => (None, None),
+        Reach::Window(window) => (Some(window), None),
+        Reach::Chunk(chunk) => (None, Some(chunk)),
+    };
+    let soft_cap = config.soft_cap.map(|cap| cap as f32);
+    AttentionShape { window, chunk, soft_cap, ..AttentionShape::grouped(heads, config.scale as f32) }
 }
 
 /// Adds each sequence's keys and values to its cache and attends over it.
-fn attend_cached(
+pub(crate) fn attend_cached(
     shape: &AttentionShape,
     q: &Var,
     [k, v]: [&[f32]; 2],
+    sinks: Option<&Param>,
     batch: &Batch,
     states: &mut [&mut LayerState],
 ) -> Var {
-    let width = shape.key_width();
-    let sequences: Vec<CachedSequence<'_>> = (states.iter_mut().zip(batch.starts.windows(2)))
-        .map(|(state, bounds)| {
-            let rows = bounds[0] * width..bounds[1] * width;
-            let cache = state.keys_values();
-            cache.push(&k[rows.clone()], &v[rows]);
-            CachedSequence { rows: bounds[1] - bounds[0], cache }
-        })
+    let (key_width, value_width) = (shape.key_width(), shape.value_width());
+    for (state, bounds) in states.iter_mut().zip(batch.starts.windows(2)) {
+        let rows = |width: usize| bounds[0] * width..bounds[1] * width;
+        state.push(&k[rows(key_width)], &v[rows(value_width)]);
+    }
+    let sequences: Vec<CachedSequence<'_>> = (states.iter().zip(batch.starts.windows(2)))
+        .map(|(state, bounds)| CachedSequence { rows: bounds[1] - bounds[0], cache: state.cached() })
         .collect();
-    let mut out = Buffer::scratch(q.data().len());
-    attention_cached(shape, q.data(), &sequences, &mut out);
-    Var::constant(Tensor::new(q.shape(), out))
+    let tokens = batch.tokens.len();
+    let mut out = Buffer::scratch(tokens * shape.out_width());
+    attention_cached(shape, q.data(), sinks.map(|sinks| sinks.value().data()), &sequences, &mut out);
+    Var::constant(Tensor::new(&[tokens, shape.out_width()], out))
 }

@@ -1,9 +1,12 @@
 //! [`KvCache`]: what a model remembers of what a sequence has read, layer by layer.
 
 use crate::ModelConfig;
-use crate::config::{AttentionConfig, LayerConfig, Mixer};
-use moebius_kernels::attention::{CacheFormat, LayerCache};
+use crate::config::{
+    AttentionConfig, DeltaNet, HeadMixture, LatentConfig, LayerConfig, Mamba, Mixer, ShortConvolution,
+};
+use moebius_kernels::attention::{CacheFormat, Cached, LatentCache, LayerCache};
 use moebius_kernels::gemm::Precision;
+use moebius_kernels::memory::Buffer;
 
 /// What a model that is run computes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,10 @@ pub struct KvCache {
 pub(crate) enum LayerState {
     /// Keys and values of every position.
     KeysValues(LayerCache),
+    /// The latent of every position.
+    Latents(LatentCache),
+    /// Numbers that stand for all positions together.
+    Recurrent(RecurrentState),
     /// Keys and values of the tokens that went through the layer, and none of those that went around it.
     Selected(SelectedKeys),
 }
@@ -50,10 +57,18 @@ pub(crate) struct SelectedKeys {
     read: usize,
 }
 
+/// A state that each token replaces; it knows no earlier one.
+#[derive(Clone, Debug)]
+pub(crate) struct RecurrentState {
+    positions: usize,
+    /// What the parts of the mixer carry, in their order; always f32, for errors add up.
+    parts: Vec<Buffer<f32>>,
+}
+
 impl LayerState {
     /// The state of a layer that tokens may go around.
-    fn selecting(mixer: &Mixer, format: CacheFormat) -> Self {
-        match Self::new(mixer, format) {
+    fn selecting(mixer: &Mixer, hidden: usize, format: CacheFormat) -> Self {
+        match Self::new(mixer, hidden, format) {
             Self::KeysValues(cache) => Self::Selected(SelectedKeys { cache, positions: Vec::new(), read: 0 }),
             other => other,
         }
@@ -61,16 +76,29 @@ impl LayerState {
 
     /// Notes that `rows` more positions were read, of which those at `positions` went through.
     pub(crate) fn note(&mut self, positions: &[u32], rows: usize) {
-        if let Self::Selected(selected) = self {
-            selected.positions.extend_from_slice(positions);
-            selected.read += rows;
+        match self {
+            Self::Selected(selected) => {
+                selected.positions.extend_from_slice(positions);
+                selected.read += rows;
+            }
+            // Those that went through are counted already.
+            Self::Recurrent(state) => state.positions += rows - positions.len(),
+            Self::KeysValues(_) | Self::Latents(_) => {}
         }
     }
 
-    fn new(mixer: &Mixer, format: CacheFormat) -> Self {
+    fn new(mixer: &Mixer, hidden: usize, format: CacheFormat) -> Self {
         match mixer {
-            Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
+            Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. })
+            | Mixer::HeadMixture(HeadMixture { n_kv_heads, head_dim, .. }) => {
                 Self::KeysValues(LayerCache::new(*n_kv_heads, *head_dim, format))
+            }
+            Mixer::Latent(LatentConfig { kv_rank, rope_dim, .. }) => {
+                Self::Latents(LatentCache::new(kv_rank + rope_dim, format))
+            }
+            recurrent => {
+                let parts = recurrent.state_numbers(hidden).into_iter().map(Buffer::zeroed).collect();
+                Self::Recurrent(RecurrentState { positions: 0, parts })
             }
         }
     }
@@ -79,6 +107,8 @@ impl LayerState {
     fn len(&self) -> usize {
         match self {
             Self::KeysValues(cache) => cache.len(),
+            Self::Latents(cache) => cache.len(),
+            Self::Recurrent(state) => state.positions,
             Self::Selected(selected) => selected.read,
         }
     }
@@ -86,13 +116,16 @@ impl LayerState {
     /// The fewest positions that it can go back to, from where it is.
     fn earliest(&self) -> usize {
         match self {
-            Self::KeysValues(_) | Self::Selected(_) => 0,
+            Self::KeysValues(_) | Self::Latents(_) | Self::Selected(_) => 0,
+            Self::Recurrent(state) => state.positions,
         }
     }
 
     fn truncate(&mut self, positions: usize) {
         match self {
             Self::KeysValues(cache) => cache.truncate(positions),
+            Self::Latents(cache) => cache.truncate(positions),
+            Self::Recurrent(_) => {} // `earliest` lets it come to nothing but where it is.
             Self::Selected(selected) => {
                 let kept = selected.positions.partition_point(|&position| (position as usize) < positions);
                 selected.cache.truncate(kept);
@@ -102,24 +135,59 @@ impl LayerState {
         }
     }
 
-    /// The keys and values.
-    ///
-    /// # Panics
-    /// If it is of another kind: a model's mixers and states are made from one configuration.
-    pub(crate) fn keys_values(&mut self) -> &mut LayerCache {
+    /// Adds positions: keys `[positions, key width]`, values `[positions, value width]`. Latents are keys, and their
+    /// first features the values.
+    pub(crate) fn push(&mut self, keys: &[f32], values: &[f32]) {
         match self {
-            Self::KeysValues(cache) => cache,
-            Self::Selected(selected) => &mut selected.cache,
+            Self::KeysValues(cache) => cache.push(keys, values),
+            Self::Latents(cache) => cache.push(keys),
+            Self::Selected(selected) => selected.cache.push(keys, values),
+            Self::Recurrent(_) => panic!("keys and values of a mixer that has none"),
         }
     }
+
+    /// What attention reads.
+    pub(crate) fn cached(&self) -> Cached<'_> {
+        match self {
+            Self::KeysValues(cache) => Cached::KeysValues(cache),
+            Self::Latents(cache) => Cached::Latents(cache),
+            Self::Selected(selected) => Cached::KeysValues(&selected.cache),
+            Self::Recurrent(_) => panic!("keys and values of a mixer that has none"),
+        }
+    }
+
+    /// What one part of a mixer carries.
+    ///
+    /// # Panics
+    /// As [`LayerState::keys_values`].
+    fn part(&mut self, part: usize) -> &mut [f32] {
+        match self {
+            Self::Recurrent(state) => &mut state.parts[part],
+            Self::KeysValues(_) | Self::Latents(_) | Self::Selected(_) => {
+                panic!("a carried state of a mixer that has none")
+            }
+        }
+    }
+
+    /// Tells how many positions more the state stands for.
+    pub(crate) fn advance(&mut self, positions: usize) {
+        if let Self::Recurrent(state) = self {
+            state.positions += positions;
+        }
+    }
+}
+
+/// What one part of a mixer carries for each sequence; nothing without states.
+pub(crate) fn carried<'a>(states: &'a mut Option<&mut [&mut LayerState]>, part: usize) -> Vec<&'a mut [f32]> {
+    states.iter_mut().flat_map(|states| states.iter_mut()).map(|state| state.part(part)).collect()
 }
 
 impl KvCache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig, format: CacheFormat) -> Self {
         let state = |(index, layer): (usize, &LayerConfig)| match &config.depths {
-            Some(depths) if depths.applies(index) => LayerState::selecting(&layer.mixer, format),
-            _ => LayerState::new(&layer.mixer, format),
+            Some(depths) if depths.applies(index) => LayerState::selecting(&layer.mixer, config.hidden, format),
+            _ => LayerState::new(&layer.mixer, config.hidden, format),
         };
         Self { layers: config.layers.iter().enumerate().map(state).collect() }
     }
@@ -161,11 +229,27 @@ impl KvCache {
 
 impl Mixer {
     /// Bytes that a cache holds for each position.
-    fn position_bytes(&self, format: CacheFormat) -> usize {
+    pub(crate) fn position_bytes(&self, format: CacheFormat) -> usize {
         match self {
-            Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
+            Self::Attention(AttentionConfig { n_kv_heads, head_dim, .. })
+            | Self::HeadMixture(HeadMixture { n_kv_heads, head_dim, .. }) => {
                 2 * n_kv_heads * format.row_bytes(*head_dim)
             }
+            Self::Latent(LatentConfig { kv_rank, rope_dim, .. }) => LatentCache::row_bytes(kv_rank + rope_dim, format),
+            Self::DeltaNet(_) | Self::ShortConvolution(_) | Self::Mamba(_) => 0,
+        }
+    }
+
+    /// Numbers that each part carries for a sequence of any length: the convolution's inputs, then the state.
+    pub(crate) fn state_numbers(&self, hidden: usize) -> Vec<usize> {
+        match self {
+            Self::Attention(_) | Self::Latent(_) | Self::HeadMixture(_) => Vec::new(),
+            Self::DeltaNet(net) => {
+                let DeltaNet { value_heads, key_dim, value_dim, taps, .. } = *net;
+                vec![(taps - 1) * net.mixed_width(), value_heads * key_dim * value_dim]
+            }
+            Self::ShortConvolution(ShortConvolution { taps, .. }) => vec![(taps - 1) * hidden],
+            Self::Mamba(Mamba { width, states, taps, .. }) => vec![(taps - 1) * width, width * states],
         }
     }
 }

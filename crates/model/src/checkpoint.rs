@@ -1,9 +1,9 @@
 //! Checkpoints: folders in Hugging Face's layout, read whole (one file or shards) and written whole or not at all.
 
-use crate::families::{self, TensorMap};
+use crate::families::{self, TensorMap, group_by_file};
 use crate::files::Staged;
 use crate::gguf::{GgufFile, GgufModel};
-use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, stage_safetensors};
+use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, TensorView, stage_safetensors};
 use crate::{Model, ModelConfig, ModelError};
 use moebius_kernels::formats::Format;
 use moebius_kernels::memory::Buffer;
@@ -126,7 +126,7 @@ impl<'a> Checkpoint<'a> {
         let mut values: BTreeMap<String, Buffer<f32>> =
             sizes.into_iter().map(|(param, size)| (param.to_string(), Buffer::scratch(size))).collect();
         for map in &maps {
-            let (stored, cols) = (self.stored(map)?, map.cols());
+            let (stored, cols) = (self.stored(map)?, map.cols);
             let buffer = values.get_mut(&map.param).expect("made above");
             stored.format.decode(&stored.bytes, &mut buffer[map.rows.start * cols..map.rows.end * cols]);
         }
@@ -138,20 +138,73 @@ impl<'a> Checkpoint<'a> {
         if let Some(gguf) = &self.gguf {
             return gguf.stored(map, &self.config);
         }
+        if let Some(blocks) = self.microscaled(map) {
+            return blocks;
+        }
         let view = self.find(map)?;
-        let format = match view.dtype {
-            Dtype::F32 => Format::F32,
-            Dtype::F16 => Format::F16,
-            Dtype::BF16 => Format::Bf16,
-            other => {
-                let message = format!("wanted F32, F16 or BF16, found {other}");
-                return Err(ModelError::tensor(view.file, view.name, message));
-            }
-        };
-        Ok(Stored { format, bytes: Cow::Borrowed(view.bytes) })
+        let format = plain_format(&view)?;
+        Ok(Stored { format, bytes: map.gather(view.bytes, format.block_bytes()) })
     }
 
-    fn find(&self, map: &TensorMap) -> Result<crate::safetensors::TensorView<'_>, ModelError> {
+    /// The format that a tensor of [`Checkpoint::checked_maps`] is stored in.
+    pub(crate) fn stored_format(&self, map: &TensorMap) -> Result<Format, ModelError> {
+        if self.gguf.is_some() {
+            return self.stored(map).map(|stored| stored.format);
+        }
+        match self.microscaled_parts(map) {
+            Some(_) => Ok(Format::MXFP4),
+            None => plain_format(&self.find(map)?),
+        }
+    }
+
+    /// A tensor's MXFP4 blocks and scales, if it is stored so.
+    fn microscaled_parts(&self, map: &TensorMap) -> Option<[TensorView<'_>; 2]> {
+        let find = |part: &str| {
+            let name = format!("{}_{part}", map.file_name);
+            self.files.iter().find_map(|file| file.get(&name))
+        };
+        Some([find("blocks")?, find("scales")?])
+    }
+
+    /// As [`Checkpoint::stored`], of a tensor `[experts, in, out]` that stands as blocks `[experts, out, in / 32, 16]` and
+    /// scales, its numbers in another order inside a block than ours.
+    fn microscaled(&self, map: &TensorMap) -> Option<Result<Stored<'_>, ModelError>> {
+        let [blocks, scales] = self.microscaled_parts(map)?;
+        let [_, inner, outer] = map.file_shape[..] else { return None };
+        let a_row = inner / MX_BLOCK;
+        let (expert, first) = (map.view.first / (inner * outer), map.view.first % outer);
+        let mut bytes = Vec::with_capacity(map.rows.len() * a_row * 17);
+        for row in 0..map.rows.len() {
+            let at = (expert * outer + first + row * map.view.row_stride) * a_row;
+            for block in at..at + a_row {
+                bytes.push(scales.bytes[block]);
+                let pairs = &blocks.bytes[block * 16..(block + 1) * 16];
+                // Theirs: neighbours in a byte. Ours: number i and number i + 16.
+                let number = |i: usize| if i.is_multiple_of(2) { pairs[i / 2] & 15 } else { pairs[i / 2] >> 4 };
+                bytes.extend((0..16).map(|i| number(i) | number(i + 16) << 4));
+            }
+        }
+        Some(Ok(Stored { format: Format::MXFP4, bytes: Cow::Owned(bytes) }))
+    }
+
+    fn check_microscaled(&self, map: &TensorMap, [blocks, scales]: [TensorView<'_>; 2]) -> Result<(), ModelError> {
+        let wanted = match map.file_shape[..] {
+            [experts, inner, outer] if inner.is_multiple_of(MX_BLOCK) => [experts, outer, inner / MX_BLOCK],
+            _ => {
+                let message = format!("wanted rows of whole blocks of {MX_BLOCK} for shape {:?}", map.file_shape);
+                return Err(ModelError::tensor(blocks.file, blocks.name, message));
+            }
+        };
+        for (view, wanted) in [(blocks, [&wanted[..], &[16]].concat()), (scales, wanted.to_vec())] {
+            if view.shape != wanted || view.dtype != Dtype::U8 {
+                let message = format!("wanted U8 of shape {wanted:?}, found {} of {:?}", view.dtype, view.shape);
+                return Err(ModelError::tensor(view.file, view.name, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, map: &TensorMap) -> Result<TensorView<'_>, ModelError> {
         let found = self.files.iter().find_map(|file| file.get(&map.file_name));
         found.ok_or_else(|| {
             let message = format!("missing; wanted shape {:?}", map.file_shape);
@@ -160,23 +213,28 @@ impl<'a> Checkpoint<'a> {
     }
 
     fn check(&self, map: &TensorMap) -> Result<(), ModelError> {
+        if let Some(parts) = self.microscaled_parts(map) {
+            return self.check_microscaled(map, parts);
+        }
         let view = self.find(map)?;
         if view.shape != map.file_shape {
             let message = format!("wanted shape {:?}, found {:?}", map.file_shape, view.shape);
             return Err(ModelError::tensor(view.file, view.name, message));
         }
-        if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            let message = format!("wanted F32, F16 or BF16, found {}", view.dtype);
-            return Err(ModelError::tensor(view.file, view.name, message));
-        }
-        Ok(())
+        plain_format(&view).map(|_| ())
     }
 
     fn check_surplus(&self, maps: &[TensorMap]) -> Result<(), ModelError> {
-        let mut wanted: BTreeSet<&str> = maps.iter().map(|map| &map.file_name[..]).collect();
+        let mut wanted: BTreeSet<Cow<'_, str>> = BTreeSet::new();
+        for map in maps {
+            match self.microscaled_parts(map) {
+                None => wanted.extend([Cow::Borrowed(&map.file_name[..])]),
+                Some(parts) => wanted.extend(parts.map(|part| Cow::Owned(part.name.to_string()))),
+            }
+        }
         if self.config.tie_embeddings {
             // Some writers store the tied head once more.
-            wanted.insert("lm_head.weight");
+            wanted.insert("lm_head.weight".into());
         }
         let mut seen = BTreeSet::new();
         for tensor in self.files.iter().flat_map(SafetensorsFile::tensors) {
@@ -217,7 +275,7 @@ pub(crate) struct Stored<'c> {
 }
 
 /// The shards that an index names, each with its tensors.
-fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
+pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
     let index: Value =
@@ -240,13 +298,18 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> 
     Ok(shards)
 }
 
-impl TensorMap {
-    pub(crate) fn elements(&self) -> Option<usize> {
-        self.file_shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n))
-    }
+/// Numbers of an MXFP4 block.
+const MX_BLOCK: usize = 32;
 
-    pub(crate) fn cols(&self) -> usize {
-        self.file_shape.last().copied().unwrap_or(1)
+fn plain_format(view: &TensorView<'_>) -> Result<Format, ModelError> {
+    match view.dtype {
+        Dtype::F32 => Ok(Format::F32),
+        Dtype::F16 => Ok(Format::F16),
+        Dtype::BF16 => Ok(Format::Bf16),
+        other => {
+            let message = format!("wanted F32, F16 or BF16, found {other}");
+            Err(ModelError::tensor(view.file, view.name, message))
+        }
     }
 }
 
@@ -257,25 +320,38 @@ pub struct NamedTensor<'m> {
     pub name: String,
     /// Its shape there.
     pub shape: Vec<usize>,
-    /// Its numbers.
-    pub data: &'m [f32],
+    /// Its numbers, put together if it holds parts of several weights or in another order.
+    pub data: Cow<'m, [f32]>,
 }
 
 /// Something of every weight, the weight itself or its gradient, under the checkpoint's names and shapes. `of` gives the
 /// numbers of one of our weights; tensors of weights it has nothing for are left out.
 pub fn named_tensors<'m>(model: &'m Model, of: impl Fn(&'m Param) -> Option<&'m [f32]>) -> Vec<NamedTensor<'m>> {
     let params: BTreeMap<&str, &Param> = model.params().into_iter().map(|param| (param.name(), param)).collect();
-    let maps = families::tensors(&model.config);
-    let part = |map: TensorMap| {
-        let data = of(params[&map.param[..]])?;
-        let cols = map.cols();
-        Some(NamedTensor {
-            name: map.file_name,
-            shape: map.file_shape,
-            data: &data[map.rows.start * cols..map.rows.end * cols],
-        })
+    let groups = group_by_file(families::tensors(&model.config));
+    let tensor = |maps: Vec<TensorMap>| {
+        let data = match &maps[..] {
+            [map] if map.is_whole() => {
+                Cow::Borrowed(&of(params[&map.param[..]])?[map.rows.start * map.cols..map.rows.end * map.cols])
+            }
+            maps => {
+                let mut data = vec![0.0; maps[0].file_shape.iter().product()];
+                for map in maps {
+                    let from = of(params[&map.param[..]])?;
+                    for (row, numbers) in from[map.rows.start * map.cols..map.rows.end * map.cols]
+                        .chunks_exact(map.cols.max(1))
+                        .enumerate()
+                    {
+                        map.places(row).zip(numbers).for_each(|(place, &number)| data[place] = number);
+                    }
+                }
+                Cow::Owned(data)
+            }
+        };
+        let map = maps.into_iter().next()?;
+        Some(NamedTensor { name: map.file_name, shape: map.file_shape, data })
     };
-    maps.into_iter().filter_map(part).collect()
+    groups.into_iter().filter_map(tensor).collect()
 }
 
 /// How weights are stored.
@@ -295,13 +371,13 @@ pub enum StoredAs {
 /// What the system says; what stood in the folder still does then, and nothing else.
 pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(), ModelError> {
     let named = named_tensors(model, |param| Some(param.value().data()));
-    let tensors: Vec<TensorToWrite> = (named.into_iter())
+    let tensors: Vec<TensorToWrite> = (named.iter())
         .map(|NamedTensor { name, shape, data }| {
             let data = match stored_as {
                 StoredAs::F32 => TensorData::F32(data),
                 StoredAs::Bf16 => TensorData::BF16(data),
             };
-            TensorToWrite { name, shape, data }
+            TensorToWrite { name: name.clone(), shape: shape.clone(), data }
         })
         .collect();
     save_tensors(folder, &model.config, &tensors, stored_as)
@@ -346,7 +422,7 @@ fn stage_folder(
     Ok([weights, generation, config])
 }
 
-fn stage_json(path: &Path, value: &Value) -> Result<Staged, ModelError> {
+pub(crate) fn stage_json(path: &Path, value: &Value) -> Result<Staged, ModelError> {
     let mut text = serde_json::to_vec_pretty(value).expect("a value of texts and numbers");
     text.push(b'\n');
     Staged::new(path, |out| out.write_all(&text))

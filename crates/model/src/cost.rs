@@ -4,7 +4,7 @@
 //! a pass, each multiply-add as two operations. Norms, softmax and activations are left out: they are a few
 //! operations for each number that the products make.
 
-use crate::config::{AttentionConfig, Mixer};
+use crate::config::{HeadMixture, Mixer, Reach};
 use crate::{Batch, Model, Numerics, Observer};
 use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::{Packed, Precision};
@@ -43,6 +43,8 @@ impl AddAssign for Cost {
 #[derive(Clone, Debug, Default)]
 pub struct ExpertUse {
     layers: BTreeMap<usize, LayerUse>,
+    /// Of attention heads.
+    mixers: BTreeMap<usize, LayerUse>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -55,9 +57,19 @@ struct LayerUse {
 
 impl Observer for ExpertUse {
     fn routing(&mut self, layer: usize, routing: &Routing) {
+        self.layers.insert(layer, LayerUse::of(routing));
+    }
+
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        self.mixers.insert(layer, LayerUse::of(routing));
+    }
+}
+
+impl LayerUse {
+    fn of(routing: &Routing) -> Self {
         let plan = &routing.plan;
         let distinct = plan.offsets().windows(2).filter(|bounds| bounds[1] > bounds[0]).count() as u64;
-        self.layers.insert(layer, LayerUse { distinct, assignments: plan.n_assignments() as u64 });
+        Self { distinct, assignments: plan.n_assignments() as u64 }
     }
 }
 
@@ -90,8 +102,10 @@ impl Model {
                 }
                 ("head", _) if logit_rows == 0 => Cost::default(),
                 ("head", _) => product(elements, bytes, logit_rows),
-                (name, 3) if name.contains(".moe.") => {
-                    let chosen = experts.layers.get(&layer_of(name)).copied().unwrap_or_default();
+                (name, _) if name.ends_with("bias") => Cost { weight_bytes: bytes, ..Cost::default() },
+                (name, 3) if name.contains(".moe.") || name.contains(".heads.") => {
+                    let layers = if name.contains(".moe.") { &experts.layers } else { &experts.mixers };
+                    let chosen = layers.get(&layer_of(name)).copied().unwrap_or_default();
                     let n_experts = param.shape()[0] as u64;
                     let operations = 2 * elements / n_experts * chosen.assignments;
                     Cost { weight_bytes: bytes / n_experts * chosen.distinct, operations, cache_bytes: 0 }
@@ -112,8 +126,19 @@ impl Model {
     fn mixer_cost(&self, batch: &Batch, format: CacheFormat) -> Cost {
         let mut cost = Cost::default();
         for layer in &self.config.layers {
+            let position_bytes = layer.mixer.position_bytes(format);
             cost += match &layer.mixer {
-                Mixer::Attention(attention) => attention_cost(attention, batch, format),
+                Mixer::Attention(config) => {
+                    attention_cost(2 * config.n_heads * config.head_dim, position_bytes, config.reach, batch)
+                }
+                Mixer::Latent(config) => {
+                    let a_pair = config.n_heads * (2 * config.kv_rank + config.rope_dim);
+                    attention_cost(a_pair, position_bytes, Reach::All, batch)
+                }
+                Mixer::HeadMixture(HeadMixture { router, n_kv_heads, head_dim, .. }) => {
+                    attention_cost(2 * router.top_k * n_kv_heads * head_dim, position_bytes, Reach::All, batch)
+                }
+                recurrent => state_cost(recurrent.state_numbers(self.config.hidden).iter().sum(), batch),
             };
         }
         cost
@@ -125,11 +150,26 @@ impl Model {
     }
 }
 
-/// What one layer's attention reads of keys and values held in `format`, and computes on them.
-fn attention_cost(config: &AttentionConfig, batch: &Batch, format: CacheFormat) -> Cost {
-    let AttentionConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
-    let window = config.reach.window().unwrap_or(usize::MAX);
-    let seen = |position: u32| (position as usize + 1).min(window) as u64;
+/// What one layer reads of the states of its sequences, of so many numbers each, and computes on them: about a
+/// multiplication and an addition when it fades, when it is changed and when it is read.
+fn state_cost(numbers: usize, batch: &Batch) -> Cost {
+    let (sequences, tokens) = (batch.starts.len().saturating_sub(1), batch.tokens.len());
+    let read = sequences * numbers * size_of::<f32>();
+    Cost { weight_bytes: 0, cache_bytes: read as u64, operations: 6 * (tokens * numbers) as u64 }
+}
+
+/// What one layer's attention reads and computes, of numbers that meet for each pair of positions (by key, by value,
+/// all heads) and bytes that the cache holds for each position.
+fn attention_cost(a_pair: usize, position_bytes: usize, reach: Reach, batch: &Batch) -> Cost {
+    let seen = |position: u32| {
+        let all = position as usize + 1;
+        let seen = match reach {
+            Reach::All => all,
+            Reach::Window(window) => all.min(window),
+            Reach::Chunk(chunk) => position as usize % chunk + 1,
+        };
+        seen as u64
+    };
     let (mut read, mut pairs) = (0, 0);
     for bounds in batch.starts.windows(2) {
         let positions = &batch.positions[bounds[0]..bounds[1]];
@@ -137,8 +177,7 @@ fn attention_cost(config: &AttentionConfig, batch: &Batch, format: CacheFormat) 
         read += u64::from(last) + 1 - (u64::from(first) + 1 - seen(first));
         pairs += positions.iter().map(|&position| seen(position)).sum::<u64>();
     }
-    let (a_pair, a_position) = (4 * (n_heads * head_dim) as u64, 2 * (n_kv_heads * format.row_bytes(head_dim)) as u64);
-    Cost { weight_bytes: 0, cache_bytes: read * a_position, operations: pairs * a_pair }
+    Cost { weight_bytes: 0, cache_bytes: read * position_bytes as u64, operations: 2 * pairs * a_pair as u64 }
 }
 
 fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
@@ -148,7 +187,9 @@ fn product(elements: u64, bytes: u64, rows: u64) -> Cost {
 /// The bytes of a weight in the form that the forward pass reads. A form of weights that is not packed at its first use
 /// answers here.
 fn held_bytes(param: &Param, precision: Precision) -> u64 {
-    if param.is_frozen() || param.shape().len() < 2 {
+    // The small weights that carry states are read as they are.
+    let is_read_plain = |name: &str| [".taps", ".rates", "bias"].iter().any(|end| name.ends_with(end));
+    if param.is_frozen() || param.shape().len() < 2 || is_read_plain(param.name()) {
         return param.bytes() as u64;
     }
     // The router computes in f32, whatever the rest does.

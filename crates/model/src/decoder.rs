@@ -1,6 +1,7 @@
 //! [`Model`]: a decoder, layers between an embedding and an output projection.
 
 use crate::cache::LayerState;
+use crate::config::Mixer;
 use crate::layer::Layer;
 use crate::norm::StreamNorm;
 use crate::weights::{MakeParam, Weights};
@@ -17,6 +18,7 @@ pub struct Model {
     layers: Vec<Layer>,
     final_norm: StreamNorm,
     head: Option<Param>,
+    head_bias: Option<Param>,
 }
 
 /// How many weights a model has.
@@ -90,9 +92,11 @@ impl Model {
             weights.within(&format!("layers.{index}."), |weights| Layer::build(config, index, layer, weights))
         });
         let layers = layers.collect::<Result<Vec<Layer>, ModelError>>()?;
-        let final_norm = StreamNorm::build(config.norm, "final_norm", hidden, &mut weights)?;
+        let final_norm =
+            StreamNorm::build(config.last_norm.unwrap_or(config.norm), "final_norm", hidden, &mut weights)?;
         let head = weights.get_if(!config.tie_embeddings, "head", &[vocab, hidden])?;
-        Ok(Self { config: config.clone(), embedding, layers, final_norm, head })
+        let head_bias = weights.get_if(config.head_bias, "head_bias", &[vocab])?;
+        Ok(Self { config: config.clone(), embedding, layers, final_norm, head, head_bias })
     }
 
     /// All weights; a weight's id is its place here.
@@ -100,7 +104,7 @@ impl Model {
         let mut all = vec![&self.embedding];
         all.extend(self.layers.iter().flat_map(Layer::params));
         all.extend(self.final_norm.params());
-        all.extend(&self.head);
+        all.extend(self.head.iter().chain(&self.head_bias));
         all
     }
 
@@ -109,7 +113,7 @@ impl Model {
         let mut all = vec![&mut self.embedding];
         all.extend(self.layers.iter_mut().flat_map(Layer::params_mut));
         all.extend(self.final_norm.params_mut());
-        all.extend(&mut self.head);
+        all.extend(self.head.iter_mut().chain(&mut self.head_bias));
         all
     }
 
@@ -119,7 +123,15 @@ impl Model {
         let idle: usize = (self.config.layers.iter().filter_map(|layer| layer.ffn.moe()))
             .map(|moe| (moe.n_experts - moe.router.top_k) * 3 * moe.width * self.config.hidden)
             .sum();
-        ParameterCount { total, active: total - idle }
+        let idle_heads: usize = (self.config.layers.iter())
+            .filter_map(|layer| match &layer.mixer {
+                Mixer::HeadMixture(heads) => Some(heads),
+                _ => None,
+            })
+            .map(|heads| (heads.n_experts - heads.router.top_k) * heads.n_kv_heads * heads.head_dim)
+            .map(|rows| 2 * rows * self.config.hidden)
+            .sum();
+        ParameterCount { total, active: total - idle - idle_heads }
     }
 
     /// Tells each layer's routing method, once an optimiser step, how many assignments each expert had in all of the step's
@@ -193,6 +205,9 @@ impl Model {
                     caches.as_deref_mut().map(|caches| caches.iter_mut().map(|cache| cache.layer(index)).collect());
                 layer.forward(g, &x, batch, states.as_deref_mut())?
             };
+            if let Some(routing) = &notes.mixer {
+                observer.mixer_routing(index, routing);
+            }
             if let Some(routing) = &notes.routing {
                 observer.routing(index, routing);
             }
@@ -229,6 +244,11 @@ impl Model {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// The bias of the logits.
+    pub(crate) fn head_bias(&self) -> Option<&Param> {
+        self.head_bias.as_ref()
+    }
+
     /// What the output projection reads of hidden states after the final norm: they are scaled instead of the logits,
     /// which are many more.
     pub(crate) fn head_input<'p>(&self, g: &Graph<'p>, hidden: &Var) -> Var {
@@ -241,6 +261,10 @@ impl Model {
     /// # Panics
     /// If `hidden` has another width.
     pub fn logits<'p>(&'p self, g: &Graph<'p>, hidden: &Var) -> Var {
-        ops::linear(g, &self.head_input(g, hidden), self.head()).expect("hidden states of this model")
+        let logits = ops::linear(g, &self.head_input(g, hidden), self.head()).expect("hidden states of this model");
+        match &self.head_bias {
+            None => logits,
+            Some(bias) => ops::add_bias(g, &logits, bias).expect("a bias for each token of the vocabulary"),
+        }
     }
 }

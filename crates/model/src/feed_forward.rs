@@ -1,7 +1,7 @@
-//! The feed-forward part of a layer: one SwiGLU network, or a mixture of them.
+//! The feed-forward part of a layer: one gated network, or a mixture of them.
 
 use crate::ModelError;
-use crate::config::{Ffn, ModelConfig, MoeFfn, SharedExperts};
+use crate::config::{Ffn, Gate, ModelConfig, MoeFfn, SharedExperts};
 use crate::methods;
 use crate::weights::Weights;
 use moebius_moe::routers::{Context, RoutingMethod};
@@ -16,13 +16,14 @@ pub(crate) enum FeedForward {
     Moe(Mixture),
 }
 
-/// down · (silu(gate · x) * (up · x)).
+/// down · act(gate · x, up · x).
 #[derive(Debug)]
 pub(crate) struct Network {
     /// `[2 * width, hidden]`, the gate's rows first.
     gate_up: Param,
     /// `[hidden, width]`.
     down: Param,
+    gate: Gate,
 }
 
 /// Experts behind a router, and what every token passes besides.
@@ -30,6 +31,8 @@ pub(crate) struct Network {
 pub(crate) struct Mixture {
     layer: Routed,
     shared: Option<Shared>,
+    /// `[hidden]`.
+    bias: Option<Param>,
 }
 
 /// A router and its experts.
@@ -54,9 +57,9 @@ impl FeedForward {
     pub(crate) fn build(config: &ModelConfig, ffn: &Ffn, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
         let hidden = config.hidden;
         match ffn {
-            Ffn::Dense(dense) => {
-                weights.within("mlp.", |weights| Network::build(dense.width, hidden, weights)).map(Self::Dense)
-            }
+            Ffn::Dense(dense) => weights
+                .within("mlp.", |weights| Network::build(dense.width, dense.gate, hidden, weights))
+                .map(Self::Dense),
             Ffn::Moe(moe) => weights.within("moe.", |weights| Mixture::build(config, moe, weights)).map(Self::Moe),
         }
     }
@@ -102,15 +105,13 @@ impl FeedForward {
 }
 
 impl Network {
-    fn build(width: usize, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
-        Ok(Self {
-            gate_up: weights.get("gate_up", &[2 * width, hidden])?,
-            down: weights.get("down", &[hidden, width])?,
-        })
+    fn build(width: usize, gate: Gate, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        let gate_up = weights.get("gate_up", &[2 * width, hidden])?;
+        Ok(Self { gate_up, down: weights.get("down", &[hidden, width])?, gate })
     }
 
     fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Var, ModelError> {
-        let inner = ops::swiglu(g, &ops::linear(g, x, &self.gate_up)?)?;
+        let inner = ops::gated(g, &ops::linear(g, x, &self.gate_up)?, self.gate)?;
         Ok(ops::linear(g, &inner, &self.down)?)
     }
 
@@ -128,13 +129,14 @@ impl Mixture {
         let (hidden, shared) = (config.hidden, moe.shared);
         let build_shared = |weights: &mut Weights<'_, '_>, shared: SharedExperts| {
             weights.within("shared.", |weights| {
-                let network = Network::build(shared.width, hidden, weights)?;
+                let network = Network::build(shared.width, moe.gate, hidden, weights)?;
                 Ok(Shared { network, gate: weights.get_if(shared.gated, "gate", &[1, hidden])? })
             })
         };
         Ok(Self {
             layer: Routed::build(config, moe, weights)?,
             shared: shared.map(|shared| build_shared(weights, shared)).transpose()?,
+            bias: weights.get_if(moe.output_bias, "output_bias", &[hidden])?,
         })
     }
 
@@ -154,6 +156,9 @@ impl Mixture {
             }
             y = ops::add(g, &y, &answer)?;
         }
+        if let Some(bias) = &self.bias {
+            y = ops::add_bias(g, &y, bias)?;
+        }
         Ok((y, routing))
     }
 
@@ -166,6 +171,7 @@ impl Mixture {
             all.extend(network.params());
             all.extend(gate);
         }
+        all.extend(&self.bias);
         all
     }
 
@@ -178,17 +184,18 @@ impl Mixture {
             all.extend(network.params_mut());
             all.extend(gate);
         }
+        all.extend(&mut self.bias);
         all
     }
 }
 
 impl Routed {
     fn build(config: &ModelConfig, moe: &MoeFfn, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
-        let &MoeFfn { n_experts, width, router, .. } = moe;
+        let &MoeFfn { n_experts, router, .. } = moe;
         if let Some(method) = &config.routing {
             let layer = config.method_layer(moe);
             let router = methods::build(method, &layer, &mut |name, shape| weights.get(name, shape))?;
-            let experts = experts(n_experts, width, config.hidden, weights)?;
+            let experts = experts(moe, config.hidden, weights)?;
             return Ok(Self::Method(MoeLayer { router, experts }));
         }
         let score = weights.get("router", &[n_experts, config.hidden])?;
@@ -196,17 +203,20 @@ impl Routed {
             weights.get_if(router.logit_bias, "router_bias", &[n_experts])?,
             weights.get_if(router.selection_bias, "selection_bias", &[n_experts])?,
         ];
-        let experts = experts(n_experts, width, config.hidden, weights)?;
+        let experts = experts(moe, config.hidden, weights)?;
         Ok(Self::Family(MoeLayer { router: TopKRouter::with(score, biases, router)?, experts }))
     }
 }
 
-fn experts(
-    n_experts: usize,
-    width: usize,
-    hidden: usize,
-    weights: &mut Weights<'_, '_>,
-) -> Result<ExpertBank, ModelError> {
+fn experts(moe: &MoeFfn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<ExpertBank, ModelError> {
+    let &MoeFfn { n_experts, width, gate, bias, router, .. } = moe;
     let gate_up = weights.get("gate_up", &[n_experts, 2 * width, hidden])?;
-    Ok(ExpertBank::new(gate_up, weights.get("down", &[n_experts, hidden, width])?)?)
+    let bank = ExpertBank::new(gate_up, weights.get("down", &[n_experts, hidden, width])?)?
+        .with_gate(gate)
+        .weighing_input(router.weighs_input);
+    if !bias {
+        return Ok(bank);
+    }
+    let gate_up_bias = weights.get("gate_up_bias", &[n_experts, 2, width])?;
+    Ok(bank.with_biases(gate_up_bias, weights.get("down_bias", &[n_experts, hidden])?)?)
 }

@@ -30,6 +30,8 @@ pub(crate) struct Layer {
 /// What was decided on the way through a layer.
 #[derive(Debug, Default)]
 pub(crate) struct Notes {
+    /// Which attention heads its tokens went to, where those are experts.
+    pub(crate) mixer: Option<Routing>,
     /// Which experts its tokens went to.
     pub(crate) routing: Option<Routing>,
     /// Which tokens went through it at all.
@@ -86,22 +88,23 @@ impl Layer {
         if let Some(depths) = &self.depths {
             return self.forward_some(depths, g, x, batch, states);
         }
-        let x = self.add(g, x, &self.mix(g, x, batch, states)?)?;
+        let (mixed, mixer) = self.mix(g, x, batch, states)?;
+        let x = self.add(g, x, &mixed)?;
         let (y, routing) = self.feed_forward(g, &x, batch)?;
-        Ok((self.add(g, &x, &y)?, Notes { routing, depth: None }))
+        Ok((self.add(g, &x, &y)?, Notes { mixer, routing, depth: None }))
     }
 
-    /// What the mixer adds to the residual stream.
+    /// What the mixer adds to the residual stream, and what its router decided, if it has one.
     fn mix<'p>(
         &'p self,
         g: &Graph<'p>,
         x: &Var,
         batch: &Batch,
         states: Option<&mut [&mut LayerState]>,
-    ) -> Result<Var, ModelError> {
+    ) -> Result<(Var, Option<Routing>), ModelError> {
         let normed = self.mixer_norms.before(g, x)?;
-        let mixed = self.mixer.forward(g, &normed, batch, states)?;
-        self.mixer_norms.after(g, mixed)
+        let (mixed, routing) = self.mixer.forward(g, &normed, batch, states)?;
+        Ok((self.mixer_norms.after(g, mixed)?, routing))
     }
 
     /// What the feed-forward part adds to the residual stream.
@@ -123,13 +126,13 @@ impl Layer {
         batch: &Batch,
         mut states: Option<&mut [&mut LayerState]>,
     ) -> Result<(Var, Notes), ModelError> {
-        let mut routing = None;
+        let (mut mixer, mut routing) = (None, None);
         let through = |g: &Graph<'p>, rows: &Var, chosen: &[usize]| -> Result<Var, ModelError> {
             let part = batch.select(chosen);
-            let mixed = self.mix(g, rows, &part, states.as_deref_mut())?;
+            let (mixed, by_mixer) = self.mix(g, rows, &part, states.as_deref_mut())?;
             let between = self.add(g, rows, &mixed)?;
             let (y, decided) = self.feed_forward(g, &between, &part)?;
-            routing = decided;
+            (mixer, routing) = (by_mixer, decided);
             self.add(g, &mixed, &y)
         };
         let (y, decision) = if g.is_training() {
@@ -144,7 +147,7 @@ impl Layer {
             let mine = decision.chosen.iter().filter(|token| rows.contains(token));
             state.note(&mine.map(|&token| batch.positions[token]).collect::<Vec<_>>(), rows.len());
         }
-        Ok((y, Notes { routing, depth: Some(decision) }))
+        Ok((y, Notes { mixer, routing, depth: Some(decision) }))
     }
 
     /// The residual stream and a part's answer.
@@ -213,7 +216,7 @@ impl Notes {
     /// The values that losses are taken of.
     fn values(&mut self) -> Vec<&mut Var> {
         let mut all = Vec::new();
-        if let Some(Routing { logits, probabilities, losses, .. }) = &mut self.routing {
+        for Routing { logits, probabilities, losses, .. } in self.mixer.iter_mut().chain(&mut self.routing) {
             all.extend([logits, probabilities]);
             all.extend(losses.iter_mut().map(|loss| &mut loss.value));
         }

@@ -32,6 +32,8 @@ pub struct Loss {
     pub method: f32,
     /// What each MoE layer's router decided.
     pub routing: Vec<Routing>,
+    /// What each router of attention heads decided.
+    pub mixer_routing: Vec<Routing>,
     /// Which tokens went through each layer that has a router around it.
     pub depths: Vec<DepthDecision>,
 }
@@ -60,12 +62,17 @@ fn mean_method<'p>(g: &Graph<'p>, layers: &[&Routing], depths: &[DepthDecision],
 #[derive(Default)]
 struct Collected {
     routing: Vec<Routing>,
+    mixer_routing: Vec<Routing>,
     depths: Vec<DepthDecision>,
 }
 
 impl Observer for Collected {
     fn routing(&mut self, _: usize, routing: &Routing) {
         self.routing.push(routing.clone());
+    }
+
+    fn mixer_routing(&mut self, _: usize, routing: &Routing) {
+        self.mixer_routing.push(routing.clone());
     }
 
     fn depth(&mut self, _: usize, decision: &DepthDecision) {
@@ -95,10 +102,12 @@ impl Model {
         }
         let mut collected = Collected::default();
         let hidden = self.forward_with(g, batch, None, &mut collected, settings.recompute && g.is_recording())?;
-        let cross_entropy = ops::linear_cross_entropy(g, &self.head_input(g, &hidden), self.head(), targets)?;
-        let Collected { routing, depths } = collected;
+        let cross_entropy =
+            ops::linear_cross_entropy_biased(g, &self.head_input(g, &hidden), self.head(), self.head_bias(), targets)?;
+        let Collected { routing, mixer_routing, depths } = collected;
         let layers: Vec<&Routing> = routing.iter().collect();
-        let (balance, z) = (mean_balance(g, &layers), z_loss(g, &layers));
+        let routers: Vec<&Routing> = routing.iter().chain(&mixer_routing).collect();
+        let (balance, z) = (mean_balance(g, &routers), z_loss(g, &routers));
         let sampler_weight = self.config.depths.map_or(0.0, |depths| depths.sampler_loss as f32);
         let method = mean_method(g, &layers, &depths, sampler_weight);
         let mut terms = vec![(1.0, &cross_entropy)];
@@ -118,6 +127,7 @@ impl Model {
             method,
             total,
             routing,
+            mixer_routing,
             depths,
         })
     }

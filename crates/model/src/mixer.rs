@@ -4,14 +4,39 @@
 use crate::attention::Attention;
 use crate::cache::LayerState;
 use crate::config::{Mixer, ModelConfig};
+use crate::delta_net::DeltaMixer;
+use crate::head_mixture::MixedAttention;
+use crate::latent::LatentAttention;
+use crate::mamba::MambaMixer;
+use crate::short_convolution::ConvolutionMixer;
 use crate::weights::Weights;
 use crate::{Batch, ModelError};
+use moebius_moe::Routing;
 use moebius_tensor::{Graph, Param, Var};
 
 /// A layer's mixer with its weights.
 #[derive(Debug)]
 pub(crate) enum TokenMixer {
-    Attention(Attention),
+    Attention(Box<Attention>),
+    Latent(Box<LatentAttention>),
+    HeadMixture(Box<MixedAttention>),
+    DeltaNet(Box<DeltaMixer>),
+    ShortConvolution(Box<ConvolutionMixer>),
+    Mamba(Box<MambaMixer>),
+}
+
+/// Does the same with every kind.
+macro_rules! with_each {
+    ($mixer:expr, $name:ident => $do:expr) => {
+        match $mixer {
+            TokenMixer::Attention($name) => $do,
+            TokenMixer::Latent($name) => $do,
+            TokenMixer::HeadMixture($name) => $do,
+            TokenMixer::DeltaNet($name) => $do,
+            TokenMixer::ShortConvolution($name) => $do,
+            TokenMixer::Mamba($name) => $do,
+        }
+    };
 }
 
 impl TokenMixer {
@@ -20,12 +45,22 @@ impl TokenMixer {
         mixer: &Mixer,
         weights: &mut Weights<'_, '_>,
     ) -> Result<Self, ModelError> {
-        match mixer {
-            Mixer::Attention(attention) => Attention::build(config, attention, weights).map(Self::Attention),
-        }
+        Ok(match mixer {
+            Mixer::Attention(attention) => Self::Attention(Attention::build(config, attention, weights)?.into()),
+            Mixer::Latent(latent) => Self::Latent(LatentAttention::build(config, latent, weights)?.into()),
+            Mixer::HeadMixture(mixture) => {
+                Self::HeadMixture(MixedAttention::build(config.hidden, mixture, weights)?.into())
+            }
+            Mixer::DeltaNet(net) => Self::DeltaNet(DeltaMixer::build(config, net, weights)?.into()),
+            Mixer::ShortConvolution(convolution) => {
+                Self::ShortConvolution(ConvolutionMixer::build(config.hidden, convolution, weights)?.into())
+            }
+            Mixer::Mamba(mamba) => Self::Mamba(MambaMixer::build(config, mamba, weights)?.into()),
+        })
     }
 
-    /// Mixes within each sequence of the batch; with states, one a sequence, also with what each read before.
+    /// Mixes within each sequence of the batch; with states, one a sequence, also with what each read before. Gives what
+    /// the mixer's router decided too, if it has one.
     ///
     /// # Shapes
     /// x and result `[tokens, hidden]`.
@@ -34,22 +69,31 @@ impl TokenMixer {
         g: &Graph<'p>,
         x: &Var,
         batch: &Batch,
-        states: Option<&mut [&mut LayerState]>,
-    ) -> Result<Var, ModelError> {
-        match self {
-            Self::Attention(attention) => attention.forward(g, x, batch, states),
+        mut states: Option<&mut [&mut LayerState]>,
+    ) -> Result<(Var, Option<Routing>), ModelError> {
+        let handed = states.as_deref_mut();
+        let mixed = match self {
+            Self::Attention(attention) => (attention.forward(g, x, batch, handed)?, None),
+            Self::Latent(latent) => (latent.forward(g, x, batch, handed)?, None),
+            Self::HeadMixture(mixture) => {
+                let (y, routing) = mixture.forward(g, x, batch, handed)?;
+                (y, Some(routing))
+            }
+            Self::DeltaNet(net) => (net.forward(g, x, batch, handed)?, None),
+            Self::ShortConvolution(convolution) => (convolution.forward(g, x, batch, handed)?, None),
+            Self::Mamba(mamba) => (mamba.forward(g, x, batch, handed)?, None),
+        };
+        for (state, bounds) in states.into_iter().flatten().zip(batch.starts.windows(2)) {
+            state.advance(bounds[1] - bounds[0]);
         }
+        Ok(mixed)
     }
 
     pub(crate) fn params(&self) -> Vec<&Param> {
-        match self {
-            Self::Attention(attention) => attention.params(),
-        }
+        with_each!(self, mixer => mixer.params())
     }
 
     pub(crate) fn params_mut(&mut self) -> Vec<&mut Param> {
-        match self {
-            Self::Attention(attention) => attention.params_mut(),
-        }
+        with_each!(self, mixer => mixer.params_mut())
     }
 }

@@ -11,6 +11,8 @@ pub(crate) struct StreamNorm {
     kind: Norm,
     /// `[hidden]`.
     weight: Param,
+    /// `[hidden]`.
+    bias: Option<Param>,
 }
 
 impl StreamNorm {
@@ -20,22 +22,31 @@ impl StreamNorm {
         hidden: usize,
         weights: &mut Weights<'_, '_>,
     ) -> Result<Self, ModelError> {
-        Ok(Self { kind, weight: weights.get(name, &[hidden])? })
+        let weight = weights.get(name, &[hidden])?;
+        let has_bias = matches!(kind, Norm::Layer { bias: true, .. });
+        Ok(Self { kind, weight, bias: weights.get_if(has_bias, &format!("{name}_bias"), &[hidden])? })
     }
 
     /// # Shapes
     /// x and result `[tokens, hidden]`.
     pub(crate) fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Var, ModelError> {
-        Ok(match self.kind {
-            Norm::Rms { eps } => ops::rms_norm(g, x, &self.weight, eps as f32)?,
+        let normed = match self.kind {
+            Norm::Rms { eps } | Norm::RmsFromOne { eps } => {
+                ops::rms_norm_plus(g, x, &self.weight, self.kind.offset(), eps as f32)?
+            }
+            Norm::Layer { eps, .. } => ops::layer_norm(g, x, &self.weight, eps as f32)?,
+        };
+        Ok(match &self.bias {
+            None => normed,
+            Some(bias) => ops::add_bias(g, &normed, bias)?,
         })
     }
 
     pub(crate) fn params(&self) -> impl Iterator<Item = &Param> {
-        [&self.weight].into_iter()
+        [&self.weight].into_iter().chain(&self.bias)
     }
 
     pub(crate) fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
-        [&mut self.weight].into_iter()
+        [&mut self.weight].into_iter().chain(&mut self.bias)
     }
 }

@@ -16,6 +16,11 @@ pub trait Observer {
         let _ = (layer, routing);
     }
 
+    /// What the router of a layer's mixer decided, where attention heads are experts.
+    fn mixer_routing(&mut self, layer: usize, routing: &Routing) {
+        let _ = (layer, routing);
+    }
+
     /// Which tokens went through a layer that the others went around.
     fn depth(&mut self, layer: usize, decision: &DepthDecision) {
         let _ = (layer, decision);

@@ -113,8 +113,32 @@ fn is_delicate(param: &str) -> bool {
 /// Whether a weight is a matrix, or a stack of them, of which only products (or rows) are asked.
 pub(crate) fn is_matrix(param: &str, shape: &[usize]) -> bool {
     let last = param.rsplit('.').next().unwrap_or(param);
-    shape.len() >= 2 && matches!(last, "q" | "k" | "v" | "o" | "gate_up" | "down" | "embedding" | "head")
+    shape.len() >= 2 && MATRICES.contains(&last)
 }
+
+/// What the names of matrices end in.
+const MATRICES: [&str; 20] = [
+    "q",
+    "k",
+    "v",
+    "o",
+    "qkv",
+    "qkvz",
+    "kv",
+    "z",
+    "in",
+    "gate_up",
+    "down",
+    "embedding",
+    "head",
+    "q_a",
+    "q_nope",
+    "q_rope",
+    "kv_a",
+    "k_rope",
+    "k_up",
+    "v_up",
+];
 
 /// What of a model is packed already, told while it is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,9 +277,11 @@ impl<'c> Weight<'c> {
 
     /// The format that all of the first `rows` rows are stored in.
     fn common_format(&self, rows: usize) -> Result<Option<Format>, ModelError> {
-        let parts = self.parts(0..rows)?;
-        let first = parts.first().map(|part| part.format);
-        Ok(first.filter(|&format| parts.iter().all(|part| part.format == format)))
+        let maps = self.maps.iter().filter(|map| map.rows.start < rows);
+        let formats =
+            maps.map(|map| self.checkpoint.stored_format(map)).collect::<Result<Vec<Format>, ModelError>>()?;
+        let first = formats.first().copied();
+        Ok(first.filter(|&format| formats.iter().all(|other| *other == format)))
     }
 
     /// What is stored of some rows.

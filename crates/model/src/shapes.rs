@@ -158,11 +158,15 @@ impl Model {
 pub fn write_random(folder: &Path, config: &ModelConfig, seed: u64) -> Result<(), ModelError> {
     config.validate().map_err(|(key, message)| ModelError::config("configuration", key, message))?;
     let (table, maps) = (normal_table(), families::tensors(config));
+    if let Some(map) = maps.iter().find(|map| !map.is_whole()) {
+        let message = format!("wanted tensors that are parts of one weight, found {}", map.file_name);
+        return Err(ModelError::config("random weights", "family", message));
+    }
     let weights: Vec<RandomWeight> =
         maps.iter().map(|map| RandomWeight::new(&map.param, &map.file_shape, seed, &table)).collect();
     let makers: Vec<_> = (maps.iter().zip(&weights))
         .map(|(map, weight)| {
-            let first = map.rows.start * map.cols();
+            let first = map.rows.start * map.cols;
             move |at: usize, out: &mut [f32]| weight.fill(first + at, out)
         })
         .collect();

@@ -98,7 +98,7 @@ fn a_mistral_comes_back_as_what_llama_cpp_knows() {
     assert_eq!(Checkpoint::open(&path).unwrap().config().family, "llama");
     let mut windowed = model;
     for layer in &mut windowed.config.layers {
-        let Mixer::Attention(attention) = &mut layer.mixer;
+        let Mixer::Attention(attention) = &mut layer.mixer else { unreachable!("a llama") };
         attention.reach = Reach::Window(8);
     }
     let error = write_model(&path, &windowed, &settings(Format::F16)).unwrap_err().to_string();

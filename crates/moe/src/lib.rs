@@ -9,8 +9,11 @@
 #![forbid(unsafe_code)]
 
 mod balance;
+mod capacity;
 mod error;
 mod experts;
+pub mod grouped;
+mod head_bank;
 mod layer;
 pub mod placement;
 mod plan;
@@ -19,8 +22,10 @@ pub mod routers;
 mod statistics;
 
 pub use balance::{load_balancing_loss, z_loss};
+pub use capacity::limit_by_sequence;
 pub use error::MoeError;
 pub use experts::ExpertBank;
+pub use head_bank::HeadBank;
 pub use layer::MoeLayer;
 pub use plan::Plan;
 pub use router::{ExpertGroups, GroupScore, NO_EXPERT, Normalise, Router, RouterSettings, Routing, Score, TopKRouter};

@@ -67,6 +67,11 @@ impl Param {
         Self { id, name: name.into(), shape, numbers, forward: Packs::default(), backward: Packs::default() }
     }
 
+    /// A weight without its numbers, of which only name and shape are asked: for counting.
+    pub fn shaped(name: impl Into<String>, shape: &[usize]) -> Self {
+        Self { shape: shape.to_vec(), ..Self::new(0, name, Tensor::zeros(&[0])) }
+    }
+
     /// A weight of which only products are asked.
     ///
     /// # Errors

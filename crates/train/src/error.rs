@@ -134,6 +134,12 @@ pub enum TrainError {
         /// Why.
         message: String,
     },
+    /// Recipes that cannot be compared.
+    #[error("compare: {message}")]
+    Compare {
+        /// Why.
+        message: String,
+    },
     /// The plot could not be drawn.
     #[error("{}: cannot draw: {message}", path.display())]
     Plot {

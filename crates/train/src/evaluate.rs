@@ -4,7 +4,7 @@ use moebius_kernels::gemm::Precision;
 use moebius_model::Model;
 
 use crate::Result;
-use crate::data::corpus::windows;
+use crate::data::corpus::Corpus;
 use crate::data::sampler::{count_windows, fixed_windows};
 use crate::data::shard::TokenShard;
 use crate::learn::{self, LoadCounts};
@@ -26,23 +26,24 @@ pub struct Evaluation {
 /// Runs `model` over fixed windows of held-back tokens, spread evenly over them; adds up what the routers did in `load`.
 ///
 /// Bits per byte divide the summed cross-entropy by the bytes of text that the targets stand for; the separator between
-/// documents costs its loss and stands for no byte. `token_bytes` are those of each token.
+/// documents costs its loss and stands for no byte. `tokens` is a shard of `corpus`.
 ///
 /// # Errors
 /// The model's.
 pub fn evaluate(
     model: &Model,
+    corpus: &Corpus,
     tokens: &TokenShard,
-    token_bytes: &[u32],
     what: &Evaluation,
     load: &mut LoadCounts,
 ) -> Result<Score> {
+    let token_bytes = corpus.tokenizer.token_bytes();
     let available = count_windows(tokens.len(), what.sequence_length);
     let chosen = fixed_windows(available, what.sequences * what.batches);
     let (mut total, mut count, mut bytes) = (0.0, 0_usize, 0_u64);
     for numbers in chosen.chunks(what.sequences) {
-        let batch = windows(tokens, what.sequence_length, numbers.iter().copied());
-        let loss = learn::measure(model, &batch, what.sequence_length, what.precision, load)?;
+        let batch = corpus.windows(tokens, what.sequence_length, numbers);
+        let loss = learn::measure(model, &batch, what.precision, load)?;
         total += loss * batch.targets.len() as f64;
         count += batch.targets.len();
         bytes += batch.targets.iter().map(|&id| u64::from(token_bytes[id as usize])).sum::<u64>();

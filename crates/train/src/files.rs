@@ -14,7 +14,7 @@ fn is_unfinished(path: &Path) -> bool {
 }
 
 /// `path` with [`UNFINISHED`] behind its name.
-fn unfinished(path: &Path) -> PathBuf {
+pub fn unfinished(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(UNFINISHED);
     PathBuf::from(name)
@@ -109,7 +109,7 @@ fn sync_tree(folder: &Path) -> Result<()> {
 }
 
 /// Fsyncs the folder itself: the names in it.
-fn sync_folder(folder: &Path) -> Result<()> {
+pub fn sync_folder(folder: &Path) -> Result<()> {
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     File::open(folder).and_then(|file| file.sync_all()).map_err(TrainError::io("sync", folder))
 }

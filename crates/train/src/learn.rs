@@ -134,24 +134,18 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
     config
 }
 
-/// Windows of `length` tokens as sequences of a batch; attention does not cross from one to the next.
-fn batch_of(windows: &Windows, length: usize) -> Batch {
-    Batch::of_sequences(&windows.tokens.chunks(length).collect::<Vec<_>>())
+/// Windows as sequences of a batch; attention does not cross from one to the next.
+fn batch_of(windows: &Windows) -> Batch {
+    Batch::of_sequences(&windows.sequences())
 }
 
 /// The mean cross-entropy of `windows`, in nats a token.
 ///
 /// # Errors
 /// The model's.
-pub fn measure(
-    model: &Model,
-    windows: &Windows,
-    length: usize,
-    precision: Precision,
-    load: &mut LoadCounts,
-) -> Result<f64> {
+pub fn measure(model: &Model, windows: &Windows, precision: Precision, load: &mut LoadCounts) -> Result<f64> {
     let graph = Graph::inference(precision);
-    let loss = model.loss(&graph, &batch_of(windows, length), &windows.targets, &LossSettings::default())?;
+    let loss = model.loss(&graph, &batch_of(windows), &windows.targets, &LossSettings::default())?;
     load.add(&loss.routing);
     Ok(f64::from(loss.cross_entropy))
 }
@@ -174,7 +168,7 @@ pub fn gradients(
         recompute: recipe.train.checkpoint_activations,
     };
     let graph = Graph::training(recipe.train.precision.into()).seeded(seed);
-    let batch = batch_of(windows, recipe.train.sequence_length);
+    let batch = batch_of(windows);
     let loss = with_team(|| -> Result<_> {
         let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;
         graph.backward(&loss.total, gradients);

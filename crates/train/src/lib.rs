@@ -18,6 +18,7 @@
 pub mod average;
 pub mod checkpoint;
 pub mod collapse;
+pub mod compare;
 pub mod data;
 pub mod digest;
 mod error;
@@ -30,10 +31,12 @@ pub mod optimizer;
 pub mod plot;
 pub mod progress;
 pub mod recipe;
+pub mod report;
 pub mod run_folder;
 pub mod samples;
 pub mod schedule;
 pub mod spikes;
+pub mod tensorboard;
 pub mod trainer;
 pub mod vision;
 

@@ -12,6 +12,13 @@ use crate::spikes::SpikeRecord;
 pub enum Event<'a> {
     /// A part of the preparation begins, in words: `training the tokenizer`.
     Preparing(&'a str),
+    /// Texts are being tokenised: bytes done and bytes in all.
+    Tokenising {
+        /// So far.
+        done: u64,
+        /// When all is done.
+        total: u64,
+    },
     /// The tokens are ready.
     Data(&'a DataFacts),
     /// The steps begin.
@@ -63,6 +70,8 @@ pub struct DataFacts {
     pub valid_tokens: usize,
     /// Bytes of training text.
     pub train_bytes: usize,
+    /// Streams that are mixed by weight; 1 if there are no weights.
+    pub streams: usize,
     /// Whether the shards of an earlier start were used again.
     pub cached: bool,
 }

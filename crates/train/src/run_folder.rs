@@ -6,7 +6,8 @@
 //! | `data/` | tokenizer and token shards, found again by later starts |
 //! | `checkpoints/step-N/` | everything that resuming after step N needs |
 //! | `best/step-N/` | the weights of the lowest validation loss |
-//! | `metrics.jsonl`, `plot.svg` | the record of the run, and its picture |
+//! | `metrics.jsonl`, `plot.svg`, `report.html` | the record of the run, its picture and its page |
+//! | `tensorboard/` | the record as TensorBoard reads it |
 //! | `model/` | the trained model, a Hugging Face folder |
 
 use std::path::{Path, PathBuf};
@@ -81,6 +82,16 @@ impl RunFolder {
         self.root.join("plot.svg")
     }
 
+    /// Its page.
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+
+    /// The folder that TensorBoard is pointed at.
+    pub fn tensorboard(&self) -> PathBuf {
+        self.root.join("tensorboard")
+    }
+
     /// The trained model.
     pub fn model(&self) -> PathBuf {
         self.root.join("model")
@@ -130,7 +141,8 @@ impl RunFolder {
                 files::sweep(&folder)?;
             }
         }
-        let parts = [self.checkpoints(), self.best(), self.model(), self.metrics(), self.plot(), self.recipe()];
+        let folders = [self.checkpoints(), self.best(), self.model(), self.tensorboard()];
+        let parts = [&folders[..], &[self.metrics(), self.plot(), self.report(), self.recipe()]].concat();
         match start {
             Start::Resume => self.latest().map(drop),
             Start::Fresh if self.metrics().exists() || self.model().exists() || !self.steps()?.is_empty() => {

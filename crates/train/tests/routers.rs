@@ -5,6 +5,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Workshop, bits, metrics};
+use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::Precision;
 use moebius_model::{Batch, Checkpoint, KvCache, Model, Silent as Unobserved};
 use moebius_moe::routers::ALL;

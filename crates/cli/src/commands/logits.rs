@@ -35,7 +35,7 @@ pub fn execute(arguments: &LogitsArguments) -> anyhow::Result<ExitCode> {
     let tokens = batch * sequence;
     let mut tensors = vec![TensorToWrite::f32("logits", &[batch, sequence, config.vocab_size], &found.logits)];
     for (routing, indices) in found.routing.iter().zip(&indices) {
-        let (layer, k) = (routing.layer, routing.top_k);
+        let (layer, k) = (&routing.place, routing.top_k);
         tensors.extend([
             TensorToWrite::f32(format!("router_logits.{layer}"), &[tokens, routing.n_experts], &routing.logits),
             TensorToWrite::new(format!("topk_index.{layer}"), &[tokens, k], TensorData::I64(indices)),

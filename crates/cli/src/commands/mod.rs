@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod chat;
 pub mod check;
+pub mod compare;
 pub mod eval;
 pub mod export;
 pub mod load;

@@ -2,11 +2,13 @@
 
 use std::io::{IsTerminal, Read};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use moebius_engine::{Event, GenerationOptions, Generator, Summary, TokenExperts, Tokenizer};
-use moebius_model::Model;
+use moebius_engine::{Event, GenerationOptions, Generator, SamplingOptions, Summary, TokenExperts, Tokenizer};
+use moebius_model::{EncoderDecoder, Model};
+use moebius_tensor::Graph;
 
 use crate::arguments::RunArguments;
 use crate::models::Source;
@@ -25,6 +27,9 @@ pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         ..arguments.sampling.options(&source.generation_defaults()?)
     };
     options.sampling.validate()?;
+    if let Some(folder) = arguments.model.as_deref().filter(|folder| EncoderDecoder::is_in(folder)) {
+        return write_answer(folder, &source, &prompt, &options, arguments);
+    }
     let tokenizer = source.tokenizer()?;
     let model = source.model_to_run(arguments.precision.weights, arguments.precision.dtype.weights())?;
     let colours = output::colours();
@@ -53,6 +58,30 @@ pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         output::print("\n")?;
     }
     output::note(&figures(&summary, &model));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What an encoder-decoder writes when its encoder reads the prompt: the likeliest token each time.
+fn write_answer(
+    folder: &Path,
+    source: &Source,
+    prompt: &str,
+    options: &GenerationOptions,
+    arguments: &RunArguments,
+) -> anyhow::Result<ExitCode> {
+    if options.sampling != SamplingOptions::greedy() || arguments.show_experts || arguments.precision.weights.is_some()
+    {
+        bail!(
+            "{}: an encoder-decoder writes the likeliest tokens, from weights as they are stored: run it without sampling \
+             options, --show-experts and --weights",
+            folder.display()
+        );
+    }
+    let (tokenizer, model) = (source.tokenizer()?, EncoderDecoder::load(folder)?);
+    let graph = Graph::inference(arguments.precision.dtype.into());
+    let tokens = model.generate(&graph, &tokenizer.encode(prompt)?, options.max_tokens)?;
+    let text: Vec<u32> = tokens.into_iter().filter(|token| !model.config.eos_tokens.contains(token)).collect();
+    output::print(&format!("{}\n", tokenizer.decode(&text)?))?;
     Ok(ExitCode::SUCCESS)
 }
 

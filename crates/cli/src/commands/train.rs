@@ -15,7 +15,7 @@ use crate::output;
 use crate::samples::EngineWriter;
 
 /// Set by ctrl-C; the trainer looks at it between steps.
-static STOP: AtomicBool = AtomicBool::new(false);
+pub static STOP: AtomicBool = AtomicBool::new(false);
 
 /// The exit status of a process that ctrl-C ended at once.
 const INTERRUPTED: i32 = 130;
@@ -66,7 +66,7 @@ fn summary(outcome: &Outcome, arguments: &TrainArguments) -> String {
 }
 
 /// The first ctrl-C asks for a checkpoint, the second does not wait for it.
-fn interrupted() {
+pub fn interrupted() {
     if STOP.swap(true, Ordering::SeqCst) {
         std::process::exit(INTERRUPTED);
     }

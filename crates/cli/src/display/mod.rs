@@ -154,6 +154,10 @@ impl Progress for Display {
     fn event(&mut self, event: &Event<'_>) {
         match event {
             Event::Preparing(part) => self.preparing(part),
+            Event::Tokenising { done, total } => {
+                let part = 100.0 * *done as f64 / (*total).max(1) as f64;
+                self.preparing(&format!("tokenising the texts: {part:.0} %, {} bytes", count(*done as usize)));
+            }
             Event::Data(facts) => line(&data(facts)),
             Event::Started(facts) => self.started(facts),
             Event::Step(record) => self.step(record),
@@ -179,9 +183,10 @@ impl Progress for Display {
 
 fn data(facts: &DataFacts) -> String {
     format!(
-        "data: {} tokens to learn from ({} bytes), {} held back, vocabulary {}{}",
+        "data: {} tokens to learn from ({} bytes{}), {} held back, vocabulary {}{}",
         count(facts.train_tokens),
         count(facts.train_bytes),
+        if facts.streams > 1 { format!(", {} sources mixed by weight", facts.streams) } else { String::new() },
         count(facts.valid_tokens),
         facts.vocab_size,
         if facts.cached { ", as prepared before" } else { "" },

@@ -69,8 +69,8 @@ impl<'m> Paged<'m> {
 
     /// Forgets all but the first `pages` pages.
     pub(super) fn keep(&mut self, pages: usize) {
-        self.session.rewind(pages * Session::BLOCK);
-        self.pages.truncate(pages);
+        let left = self.session.rewind(pages * Session::BLOCK);
+        self.pages.truncate(pages_for(left));
     }
 
     /// Counts the pages for further tokens, before they are read.

@@ -4,7 +4,7 @@
 //! One task has one key head of one sequence: all query heads of the group add to its key and value gradients in
 //! ascending order, so the result does not depend on threads.
 
-use super::forward::KEY_INDEX;
+use super::forward::{KEY_INDEX, capped};
 use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
 use super::tile::{Left, Product, Right, TILE_ROWS};
 use super::{AttentionShape, Saved};
@@ -78,24 +78,26 @@ struct Working<'a> {
 }
 
 impl<'a> Working<'a> {
-    fn numbers(length: usize, group: usize, width: usize) -> usize {
-        3 * (group + 1) * length * width + group * length + 2 * KEY_BLOCK * (width + QUERY_ROWS)
+    fn numbers(length: usize, group: usize, [width, value_width]: [usize; 2]) -> usize {
+        let rows = 2 * (group + 1) * length * width + (group + 1) * length * value_width;
+        rows + group * length + KEY_BLOCK * (width + value_width + 2 * QUERY_ROWS)
     }
 
     #[inline(always)]
-    fn divide(memory: &'a mut [f32], length: usize, group: usize, width: usize) -> Self {
+    fn divide(memory: &'a mut [f32], length: usize, group: usize, [width, value_width]: [usize; 2]) -> Self {
         let mut rest = memory;
         let mut take = |numbers: usize| rest.split_off_mut(..numbers).expect("as many as `numbers` says");
         let (queries, keys) = (group * length * width, length * width);
+        let (answers, values) = (group * length * value_width, length * value_width);
         Self {
             q: take(queries),
-            dout: take(queries),
+            dout: take(answers),
             dq: take(queries),
             k: take(keys),
             dk: take(keys),
-            dv: take(keys),
+            dv: take(values),
             keys_transposed: take(KEY_BLOCK * width),
-            values_transposed: take(KEY_BLOCK * width),
+            values_transposed: take(KEY_BLOCK * value_width),
             probabilities: take(QUERY_ROWS * KEY_BLOCK),
             dscores: take(QUERY_ROWS * KEY_BLOCK),
             shift: take(group * length),
@@ -109,16 +111,17 @@ impl Kernel for BackwardTask<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let shape = self.shape;
-        let (length, group, width) = (self.rows.len(), shape.group(), padded(shape.head_dim));
+        let (length, group) = (self.rows.len(), shape.group());
+        let width = [padded(shape.head_dim), padded(shape.value_dim)];
         let mut scratch = Buffer::<f32>::scratch(Working::numbers(length, group, width));
         let mut working = Working::divide(&mut scratch, length, group, width);
         self.gather(simd, &mut working);
         for start in (0..length).step_by(KEY_BLOCK) {
             let keys = start..length.min(start + KEY_BLOCK);
             transpose_rows(self.keys(self.saved.k), self.shifted(&keys), working.keys_transposed);
-            transpose_rows(self.keys(self.saved.v), self.shifted(&keys), working.values_transposed);
+            transpose_rows(self.values(self.saved.v), self.shifted(&keys), working.values_transposed);
             // The last query that sees the block's last key.
-            let end = shape.window.map_or(length, |window| length.min((keys.end - 1).saturating_add(window)));
+            let end = if shape.bidirectional { length } else { shape.last_reader(keys.end - 1, length) };
             let start = if shape.bidirectional { 0 } else { start };
             for head in 0..group {
                 for first in (start..end).step_by(QUERY_ROWS) {
@@ -136,6 +139,17 @@ impl<'a> BackwardTask<'a> {
         HeadRows { data, width: self.shape.key_width(), offset: self.kv_head * head_dim, head_dim }
     }
 
+    fn values(&self, data: &'a [f32]) -> HeadRows<'a> {
+        let head_dim = self.shape.value_dim;
+        HeadRows { data, width: self.shape.value_width(), offset: self.kv_head * head_dim, head_dim }
+    }
+
+    fn answers(&self, data: &'a [f32], head: usize) -> HeadRows<'a> {
+        let head_dim = self.shape.value_dim;
+        let head = self.kv_head * self.shape.group() + head;
+        HeadRows { data, width: self.shape.out_width(), offset: head * head_dim, head_dim }
+    }
+
     fn queries(&self, data: &'a [f32], head: usize) -> HeadRows<'a> {
         let head_dim = self.shape.head_dim;
         let head = self.kv_head * self.shape.group() + head;
@@ -151,12 +165,12 @@ impl<'a> BackwardTask<'a> {
     #[inline(always)]
     fn gather<S: Simd>(&self, simd: S, working: &mut Working<'_>) {
         let (length, width) = (self.rows.len(), padded(self.shape.head_dim));
+        let value_width = padded(self.shape.value_dim);
         for head in 0..self.shape.group() {
-            let part = head * length * width..(head + 1) * length * width;
-            let dout = self.queries(self.dout, head);
-            let out = self.queries(self.saved.out, head);
-            copy_rows(self.queries(self.saved.q, head), self.rows.clone(), &mut working.q[part.clone()]);
-            copy_rows(dout, self.rows.clone(), &mut working.dout[part]);
+            let part = |width: usize| head * length * width..(head + 1) * length * width;
+            let (dout, out) = (self.answers(self.dout, head), self.answers(self.saved.out, head));
+            copy_rows(self.queries(self.saved.q, head), self.rows.clone(), &mut working.q[part(width)]);
+            copy_rows(dout, self.rows.clone(), &mut working.dout[part(value_width)]);
             for (row, shift) in self.rows.clone().zip(&mut working.shift[head * length..][..length]) {
                 let mut sum = Lanes::splat(simd, 0.0);
                 for (a, b) in dout.row(row).chunks(LANES).zip(out.row(row).chunks(LANES)) {
@@ -181,26 +195,15 @@ impl<'a> BackwardTask<'a> {
         queries: Range<usize>,
         keys: Range<usize>,
     ) {
-        let (length, width) = (self.rows.len(), padded(self.shape.head_dim));
+        let shape = self.shape;
+        let (length, width, value_width) = (self.rows.len(), padded(shape.head_dim), padded(shape.value_dim));
         let at = |row: usize| (head * length + row) * width;
+        let answer_at = |row: usize| (head * length + row) * value_width;
         for first in queries.clone().step_by(TILE_ROWS) {
             let rows = first..queries.end.min(first + TILE_ROWS);
             let here = (first - queries.start) * KEY_BLOCK;
             let reach = if self.shape.bidirectional { keys.len() } else { keys.len().min(rows.end - keys.start) };
-            for (left, transposed, scores) in [
-                (&*working.q, &*working.keys_transposed, &mut *working.probabilities),
-                (&*working.dout, &*working.values_transposed, &mut *working.dscores),
-            ] {
-                simd.call(Product {
-                    rows: rows.len(),
-                    depth: self.shape.head_dim,
-                    a: Left { data: &left[at(first)..], row_stride: width, k_stride: 1 },
-                    b: Right { data: transposed, stride: KEY_BLOCK, vectors: reach.div_ceil(LANES) },
-                    c: &mut scores[here..],
-                    c_stride: KEY_BLOCK,
-                    accumulate: false,
-                });
-            }
+            self.products(simd, working, head, &rows, here, reach);
             for row in rows.clone() {
                 let here = (row - queries.start) * KEY_BLOCK..(row - queries.start + 1) * KEY_BLOCK;
                 let kept = [self.log_sum(head, row), working.shift[head * length + row]];
@@ -208,7 +211,7 @@ impl<'a> BackwardTask<'a> {
                 let inside = |position: usize| position.saturating_sub(keys.start).min(KEY_BLOCK);
                 let seen = inside(seen.start)..inside(seen.end);
                 let probabilities = &mut working.probabilities[here.clone()];
-                score_gradients(simd, self.shape.scale, seen, kept, probabilities, &mut working.dscores[here]);
+                score_gradients(simd, shape, seen, kept, probabilities, &mut working.dscores[here]);
             }
             simd.call(Product {
                 rows: rows.len(),
@@ -227,20 +230,61 @@ impl<'a> BackwardTask<'a> {
                 break;
             }
             let here = (from - queries.start) * KEY_BLOCK + first - keys.start;
-            for (weights, right, gradient) in [
-                (&*working.probabilities, &*working.dout, &mut *working.dv),
-                (&*working.dscores, &*working.q, &mut *working.dk),
+            for (weights, right, width, gradient) in [
+                (&*working.probabilities, &working.dout[answer_at(from)..], value_width, &mut *working.dv),
+                (&*working.dscores, &working.q[at(from)..], width, &mut *working.dk),
             ] {
                 simd.call(Product {
                     rows: TILE_ROWS.min(keys.end - first),
                     depth: queries.end - from,
                     a: Left { data: &weights[here..], row_stride: 1, k_stride: KEY_BLOCK },
-                    b: Right { data: &right[at(from)..], stride: width, vectors: width / LANES },
+                    b: Right { data: right, stride: width, vectors: width / LANES },
                     c: &mut gradient[first * width..],
                     c_stride: width,
                     accumulate: true,
                 });
             }
+        }
+    }
+
+    /// Dot products of some rows' queries with a block's keys, and of their answers' gradients with its values.
+    #[inline(always)]
+    fn products<S: Simd>(
+        &self,
+        simd: S,
+        working: &mut Working<'_>,
+        head: usize,
+        rows: &Range<usize>,
+        here: usize,
+        reach: usize,
+    ) {
+        let (shape, first) = (self.shape, head * self.rows.len() + rows.start);
+        let (width, value_width) = (padded(shape.head_dim), padded(shape.value_dim));
+        for (left, row_stride, depth, transposed, scores) in [
+            (
+                &working.q[first * width..],
+                width,
+                shape.head_dim,
+                &*working.keys_transposed,
+                &mut *working.probabilities,
+            ),
+            (
+                &working.dout[first * value_width..],
+                value_width,
+                shape.value_dim,
+                &*working.values_transposed,
+                &mut *working.dscores,
+            ),
+        ] {
+            simd.call(Product {
+                rows: rows.len(),
+                depth,
+                a: Left { data: left, row_stride, k_stride: 1 },
+                b: Right { data: transposed, stride: KEY_BLOCK, vectors: reach.div_ceil(LANES) },
+                c: &mut scores[here..],
+                c_stride: KEY_BLOCK,
+                accumulate: false,
+            });
         }
     }
 
@@ -255,7 +299,7 @@ impl<'a> BackwardTask<'a> {
         let (length, width) = (self.rows.len(), padded(self.shape.head_dim));
         let rows = &self.rows;
         add_rows(simd, working.dk, rows, self.gradients.dk, self.keys(self.saved.k));
-        add_rows(simd, working.dv, rows, self.gradients.dv, self.keys(self.saved.v));
+        add_rows(simd, working.dv, rows, self.gradients.dv, self.values(self.saved.v));
         for (head, dq) in working.dq.chunks_exact(length * width).enumerate() {
             add_rows(simd, dq, rows, self.gradients.dq, self.queries(self.saved.q, head));
         }
@@ -280,7 +324,7 @@ fn add_rows<S: Simd>(simd: S, from: &[f32], rows: &Range<usize>, to: &DisjointMu
 #[inline(always)]
 fn score_gradients<S: Simd>(
     simd: S,
-    scale: f32,
+    shape: &AttentionShape,
     seen: Range<usize>,
     [log_sum, shift]: [f32; 2],
     probabilities: &mut [f32],
@@ -288,7 +332,7 @@ fn score_gradients<S: Simd>(
 ) {
     let splat = |value| Lanes::splat(simd, value);
     let Range { start, end } = seen;
-    let (zero, scale) = (splat(0.0), splat(scale));
+    let (zero, scale) = (splat(0.0), splat(shape.scale));
     let (probabilities, _) = probabilities.as_chunks_mut::<LANES>();
     let (dscores, _) = dscores.as_chunks_mut::<LANES>();
     for (v, (probabilities, dscores)) in probabilities.iter_mut().zip(dscores).enumerate() {
@@ -297,8 +341,18 @@ fn score_gradients<S: Simd>(
             zero.store(dscores);
             continue;
         }
-        let mut p = exp_nonpositive(Lanes::load(simd, probabilities).fma(scale, splat(-log_sum)));
-        let mut d = p * (Lanes::load(simd, dscores) - splat(shift)) * scale;
+        let products = Lanes::load(simd, probabilities);
+        let (p, slope) = match shape.soft_cap {
+            None => (exp_nonpositive(products.fma(scale, splat(-log_sum))), scale),
+            Some(cap) => {
+                // The slope of a capped score: 1 − tanh².
+                let (one, cap) = (splat(1.0), splat(cap));
+                let score = capped(products * scale, cap, one);
+                let share = score / cap;
+                (exp_nonpositive(score - splat(log_sum)), (one - share * share) * scale)
+            }
+        };
+        let (mut p, mut d) = (p, p * (Lanes::load(simd, dscores) - splat(shift)) * slope);
         if start > 0 || end < KEY_BLOCK {
             let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
             let mask = |x: Lanes<S>| {

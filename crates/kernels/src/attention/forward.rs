@@ -7,12 +7,13 @@
 
 use super::AttentionShape;
 use super::cache::{BlockOf, LayerCache};
+use super::latent::LatentCache;
 use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
 use super::tile::{Element, Left, Product, Right, TILE_ROWS};
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
-use crate::simd::math::exp_nonpositive;
+use crate::simd::math::{exp, exp_nonpositive};
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
 use crate::tasks::for_each_task;
 use std::ops::Range;
@@ -33,18 +34,19 @@ pub(super) struct Sequence<'a> {
 /// Where keys and values come from.
 #[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
-    /// `[positions, nkv * hd]` each.
+    /// `[positions, nkv * hd]`, `[positions, nkv * vd]`.
     Rows {
         keys: &'a [f32],
         values: &'a [f32],
     },
     Cache(&'a LayerCache),
+    Latents(&'a LatentCache),
 }
 
 /// Where the results go.
 #[derive(Clone, Copy)]
 pub(super) struct Results<'a> {
-    /// `[t, nh * hd]`
+    /// `[t, nh * vd]`
     pub(super) out: &'a DisjointMut<'a, f32>,
     /// `[nh, t]`, if wanted.
     pub(super) lse: Option<&'a DisjointMut<'a, f32>>,
@@ -60,7 +62,14 @@ struct Task {
 }
 
 /// Runs all heads and rows of all sequences.
-pub(super) fn attend(isa: Isa, shape: &AttentionShape, sequences: &[Sequence<'_>], results: Results<'_>) {
+pub(super) fn attend(
+    isa: Isa,
+    shape: &AttentionShape,
+    sinks: Option<&[f32]>,
+    sequences: &[Sequence<'_>],
+    results: Results<'_>,
+) {
+    assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_heads), "a sink for each query head");
     let step = (QUERY_ROWS / shape.group()).max(1);
     let mut tasks = Vec::new();
     let mut work = 0;
@@ -76,12 +85,13 @@ pub(super) fn attend(isa: Isa, shape: &AttentionShape, sequences: &[Sequence<'_>
     for_each_task(tasks.len(), work / 4, |i| {
         let task = &tasks[i];
         let sequence = &sequences[task.sequence];
-        dispatch(isa, ForwardTask { shape, sequence, task, results });
+        dispatch(isa, ForwardTask { shape, sinks, sequence, task, results });
     });
 }
 
 struct ForwardTask<'a> {
     shape: &'a AttentionShape,
+    sinks: Option<&'a [f32]>,
     sequence: &'a Sequence<'a>,
     task: &'a Task,
     results: Results<'a>,
@@ -91,7 +101,7 @@ struct ForwardTask<'a> {
 struct Block<'a> {
     /// `[rows, head_dim]` padded
     q: &'a [f32],
-    /// Unnormalised outputs, `[rows, head_dim]` padded
+    /// Unnormalised outputs, `[rows, value_dim]` padded
     mixed: &'a mut [f32],
     /// Largest score so far, `[rows]`
     largest: &'a mut [f32],
@@ -106,7 +116,7 @@ pub(super) struct Keys<'a, E> {
     pub(super) start: usize,
     /// `[head_dim, KEY_BLOCK]`
     pub(super) transposed: &'a [E],
-    /// `[KEY_BLOCK, head_dim]` padded
+    /// `[KEY_BLOCK, value_dim]` padded
     pub(super) values: &'a [E],
 }
 
@@ -116,28 +126,31 @@ impl Kernel for ForwardTask<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { shape, sequence, task, .. } = self;
-        let (group, width) = (shape.group(), padded(shape.head_dim));
+        let (group, width, value_width) = (shape.group(), padded(shape.head_dim), padded(shape.value_dim));
         let rows = task.rows.len() * group;
-        let head = |data, row_width, head| HeadRows {
-            data,
-            width: row_width,
-            offset: head * shape.head_dim,
-            head_dim: shape.head_dim,
-        };
+        let head =
+            |data, heads, head, head_dim| HeadRows { data, width: heads * head_dim, offset: head * head_dim, head_dim };
 
-        let mut scratch = Buffer::<f32>::scratch((2 * rows + 2 * KEY_BLOCK) * width + 2 * rows);
+        let mut scratch = Buffer::<f32>::scratch((rows + KEY_BLOCK) * (width + value_width) + 2 * rows);
         let (q, rest) = scratch.split_at_mut(rows * width);
-        let (mixed, rest) = rest.split_at_mut(rows * width);
-        let (key_block, rest) = rest.split_at_mut(2 * KEY_BLOCK * width);
+        let (mixed, rest) = rest.split_at_mut(rows * value_width);
+        let (key_block, rest) = rest.split_at_mut(KEY_BLOCK * width);
+        let (value_block, rest) = rest.split_at_mut(KEY_BLOCK * value_width);
         let (largest, sums) = rest.split_at_mut(rows);
         for (i, q) in q.chunks_exact_mut(width).enumerate() {
-            let from = head(sequence.q, shape.query_width(), task.kv_head * group + i % group);
+            let from = head(sequence.q, shape.n_heads, task.kv_head * group + i % group, shape.head_dim);
             let row = task.rows.start + i / group;
             copy_rows(from, row..row + 1, q);
         }
         mixed.fill(0.0);
         largest.fill(f32::NEG_INFINITY);
         sums.fill(0.0);
+        if let Some(sinks) = self.sinks {
+            // The sink is the first score of its head, and brings no value.
+            sums.fill(1.0);
+            let sinks = &sinks[task.kv_head * group..(task.kv_head + 1) * group];
+            largest.chunks_exact_mut(group).for_each(|largest| largest.copy_from_slice(sinks));
+        }
 
         let first = sequence.first_position + task.rows.start;
         let length = sequence.first_position + sequence.q.len() / shape.query_width();
@@ -153,10 +166,15 @@ impl Kernel for ForwardTask<'_> {
                 },
                 Source::Rows { keys, values } => {
                     let present = start..end.min(start + KEY_BLOCK);
-                    let (transposed, value_block) = key_block.split_at_mut(KEY_BLOCK * width);
-                    transpose_rows(head(keys, shape.key_width(), task.kv_head), present.clone(), transposed);
-                    copy_rows(head(values, shape.key_width(), task.kv_head), present, value_block);
-                    let keys = Keys { start, transposed: &*transposed, values: &*value_block };
+                    let keys = head(keys, shape.n_kv_heads, task.kv_head, shape.head_dim);
+                    transpose_rows(keys, present.clone(), key_block);
+                    copy_rows(head(values, shape.n_kv_heads, task.kv_head, shape.value_dim), present, value_block);
+                    let keys = Keys { start, transposed: &*key_block, values: &*value_block };
+                    attend_block(simd, shape, first, &mut block, &keys, None);
+                }
+                Source::Latents(cache) => {
+                    cache.unfold(start / KEY_BLOCK, end, shape.value_dim, key_block, value_block);
+                    let keys = Keys { start, transposed: &*key_block, values: &*value_block };
                     attend_block(simd, shape, first, &mut block, &keys, None);
                 }
             }
@@ -196,7 +214,7 @@ fn attend_tile<S: Simd, E: Element>(
     keys: &Keys<'_, E>,
     scales: Option<Scales<'_>>,
 ) {
-    let width = padded(shape.head_dim);
+    let (width, value_width) = (padded(shape.head_dim), padded(shape.value_dim));
     let mut visible: [Range<usize>; TILE_ROWS] = Default::default();
     // One division a tile: the rows follow each other.
     let (mut position, mut head) = (first_position + rows.start / shape.group(), rows.start % shape.group());
@@ -233,20 +251,21 @@ fn attend_tile<S: Simd, E: Element>(
         scale_keys(simd, &mut scores[..rows.len()], of_keys);
     }
     let mut rescale = [0.0; LANES];
-    let added = exponentiate(simd, scores, visible, shape.scale, &mut block.largest[rows.clone()], &mut rescale);
+    let added = exponentiate(simd, scores, visible, shape, &mut block.largest[rows.clone()], &mut rescale);
     // Rows that see nothing here keep the difference 0, and so the factor 1.
     exp_nonpositive(Lanes::load(simd, &rescale)).store(&mut rescale);
     for (i, row) in rows.clone().enumerate() {
         block.sums[row] = block.sums[row].mul_add(rescale[i], added[i]);
         let factor = Lanes::splat(simd, rescale[i]);
-        for lanes in block.mixed[row * width..][..width].as_chunks_mut::<LANES>().0 {
+        for lanes in block.mixed[row * value_width..][..value_width].as_chunks_mut::<LANES>().0 {
             (Lanes::load(simd, lanes) * factor).store(lanes);
         }
     }
     if let Some([_, of_values]) = scales {
         scale_keys(simd, &mut scores[..rows.len()], of_values);
     }
-    mix_values(simd, visible, scores.as_flattened(), keys.values, width, &mut block.mixed[rows.start * width..]);
+    let mixed = &mut block.mixed[rows.start * value_width..];
+    mix_values(simd, visible, scores.as_flattened(), keys.values, value_width, mixed);
 }
 
 /// Multiplies each row's numbers by those of their keys.
@@ -279,18 +298,21 @@ fn exponentiate<S: Simd>(
     simd: S,
     scores: &mut [[f32; KEY_BLOCK]],
     visible: &[Range<usize>],
-    scale: f32,
+    shape: &AttentionShape,
     largest: &mut [f32],
     raise: &mut [f32; LANES],
 ) -> [f32; TILE_ROWS] {
     let splat = |value| Lanes::splat(simd, value);
-    let (nothing, scale) = (splat(f32::NEG_INFINITY), splat(scale));
+    let (nothing, scale) = (splat(f32::NEG_INFINITY), splat(shape.scale));
     let mut partial = [[0.0; LANES]; TILE_ROWS];
     for ((scores, visible), partial) in scores.iter_mut().zip(visible).zip(&mut partial) {
         let mut top = nothing;
         for (v, scores) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             if v * LANES < visible.end {
                 let mut scaled = Lanes::load(simd, scores) * scale;
+                if let Some(cap) = shape.soft_cap {
+                    scaled = capped(scaled, splat(cap), splat(1.0));
+                }
                 if *visible != (0..KEY_BLOCK) {
                     let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
                     scaled = index.select_less(splat(visible.end as f32), scaled, nothing);
@@ -328,6 +350,14 @@ fn exponentiate<S: Simd>(
         }
     }
     added
+}
+
+/// `cap * tanh(x / cap)`.
+#[inline(always)]
+pub(super) fn capped<S: Simd>(x: Lanes<S>, cap: Lanes<S>, one: Lanes<S>) -> Lanes<S> {
+    // tanh(y) = 1 − 2 / (exp(2 y) + 1)
+    let e = exp((x + x) / cap);
+    cap * (one - (one + one) / (e + one))
 }
 
 /// `mixed[row] += Σ weights[row][key] * values[key]` over the keys that the row sees, in ascending order.
@@ -380,13 +410,13 @@ impl ForwardTask<'_> {
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, block: &Block<'_>) {
         let shape = self.shape;
-        let (group, head_dim) = (shape.group(), shape.head_dim);
-        for (i, mixed) in block.mixed.chunks_exact(padded(head_dim)).enumerate() {
+        let (group, value_dim) = (shape.group(), shape.value_dim);
+        for (i, mixed) in block.mixed.chunks_exact(padded(value_dim)).enumerate() {
             let row = self.sequence.first_row + self.task.rows.start + i / group;
             let head = self.task.kv_head * group + i % group;
-            let at = row * shape.query_width() + head * head_dim;
+            let at = row * shape.out_width() + head * value_dim;
             // SAFETY: this task alone writes these rows of these heads.
-            let out = unsafe { self.results.out.range(at..at + head_dim) };
+            let out = unsafe { self.results.out.range(at..at + value_dim) };
             let sum = Lanes::splat(simd, block.sums[i]);
             for (mixed, out) in mixed.as_chunks::<LANES>().0.iter().zip(out.chunks_mut(LANES)) {
                 (Lanes::load(simd, mixed) / sum).store_any(out);

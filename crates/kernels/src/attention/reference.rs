@@ -5,21 +5,20 @@ use super::{AttentionShape, Saved};
 /// The plain [`super::attention_forward`].
 pub fn attention_reference(
     shape: &AttentionShape,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    [q, k, v]: [&[f32]; 3],
+    sinks: Option<&[f32]>,
     sequence_starts: &[usize],
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    let (query_width, key_width) = (shape.query_width(), shape.key_width());
-    let tokens = q.len() / query_width;
+    let tokens = q.len() / shape.query_width();
     for bounds in sequence_starts.windows(2) {
-        let (queries, keys) =
-            (bounds[0] * query_width..bounds[1] * query_width, bounds[0] * key_width..bounds[1] * key_width);
+        let part_of = |width: usize| bounds[0] * width..bounds[1] * width;
+        let (queries, keys) = (&q[part_of(shape.query_width())], &k[part_of(shape.key_width())]);
+        let (values, out) = (&v[part_of(shape.value_width())], &mut out[part_of(shape.out_width())]);
         let rows = bounds[1] - bounds[0];
         let mut part = vec![0.0; shape.n_heads * rows];
-        attention_rows(shape, &q[queries.clone()], 0, &k[keys.clone()], &v[keys], &mut out[queries], &mut part);
+        attention_rows(shape, [queries, keys, values], sinks, 0, out, &mut part);
         for head in 0..shape.n_heads {
             lse[head * tokens + bounds[0]..][..rows].copy_from_slice(&part[head * rows..][..rows]);
         }
@@ -36,89 +35,106 @@ pub fn attention_cached_reference(
     out: &mut [f32],
 ) {
     let mut lse = vec![0.0; q.len() / shape.head_dim];
-    attention_rows(shape, q, first_position, keys, values, out, &mut lse);
+    attention_rows(shape, [q, keys, values], None, first_position, out, &mut lse);
 }
 
 /// Rows `first_position..` of one sequence; `lse` `[nh, rows]`.
 fn attention_rows(
     shape: &AttentionShape,
-    q: &[f32],
+    [q, keys, values]: [&[f32]; 3],
+    sinks: Option<&[f32]>,
     first_position: usize,
-    keys: &[f32],
-    values: &[f32],
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    let (query_width, key_width, head_dim) = (shape.query_width(), shape.key_width(), shape.head_dim);
+    let (query_width, head_dim, value_dim) = (shape.query_width(), shape.head_dim, shape.value_dim);
     let rows = q.len() / query_width;
     for row in 0..rows {
         for head in 0..shape.n_heads {
             let query = &q[row * query_width + head * head_dim..][..head_dim];
             let visible = shape.visible(first_position + row, first_position + rows);
-            let place = |position: usize| position * key_width + head / shape.group() * head_dim;
-            let (probabilities, log_sum) = softmax_of_scores(shape, query, keys, visible.clone(), place);
+            let kv_head = head / shape.group();
+            let place = |position: usize| position * shape.key_width() + kv_head * head_dim;
+            let sink = sinks.map(|sinks| sinks[head]);
+            let (probabilities, log_sum, _) = softmax_of_scores(shape, query, keys, visible.clone(), place, sink);
             lse[head * rows + row] = log_sum as f32;
-            let mut mixed = vec![0.0f64; head_dim];
+            let mut mixed = vec![0.0f64; value_dim];
             for (position, probability) in visible.zip(probabilities) {
-                for (sum, &value) in mixed.iter_mut().zip(&values[place(position)..][..head_dim]) {
+                let place = position * shape.value_width() + kv_head * value_dim;
+                for (sum, &value) in mixed.iter_mut().zip(&values[place..][..value_dim]) {
                     *sum += probability * f64::from(value);
                 }
             }
-            let out = &mut out[row * query_width + head * head_dim..][..head_dim];
+            let out = &mut out[row * shape.out_width() + head * value_dim..][..value_dim];
             out.iter_mut().zip(mixed).for_each(|(out, sum)| *out = sum as f32);
         }
     }
 }
 
+/// Probabilities, the logarithm of their sum, and the slope of each score by its dot product.
 fn softmax_of_scores(
     shape: &AttentionShape,
     query: &[f32],
     keys: &[f32],
     visible: std::ops::Range<usize>,
     place: impl Fn(usize) -> usize,
-) -> (Vec<f64>, f64) {
-    let scores: Vec<f64> =
-        visible.map(|position| dot(query, &keys[place(position)..][..query.len()]) * f64::from(shape.scale)).collect();
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let log_sum = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
-    (scores.iter().map(|s| (s - log_sum).exp()).collect(), log_sum)
+    sink: Option<f32>,
+) -> (Vec<f64>, f64, Vec<f64>) {
+    let scale = f64::from(shape.scale);
+    let (scores, slopes): (Vec<f64>, Vec<f64>) = visible
+        .map(|position| {
+            let score = dot(query, &keys[place(position)..][..query.len()]) * scale;
+            shape.soft_cap.map_or((score, scale), |cap| {
+                let share = (score / f64::from(cap)).tanh();
+                (f64::from(cap) * share, (1.0 - share * share) * scale)
+            })
+        })
+        .unzip();
+    let sink = sink.map(f64::from);
+    let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+    let log_sum = max + scores.iter().copied().chain(sink).map(|s| (s - max).exp()).sum::<f64>().ln();
+    (scores.iter().map(|s| (s - log_sum).exp()).collect(), log_sum, slopes)
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
-/// The plain [`super::attention_backward`].
+/// The plain [`super::attention_backward`]; with sinks, those of the forward.
 pub fn attention_backward_reference(
     shape: &AttentionShape,
     saved: &Saved<'_>,
+    sinks: Option<&[f32]>,
     dout: &[f32],
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
+    [dq, dk, dv]: [&mut [f32]; 3],
 ) {
-    let (query_width, key_width, head_dim) = (shape.query_width(), shape.key_width(), shape.head_dim);
+    let (head_dim, value_dim) = (shape.head_dim, shape.value_dim);
     let mut dk_sum = vec![0.0f64; dk.len()];
     let mut dv_sum = vec![0.0f64; dv.len()];
     for bounds in saved.sequence_starts.windows(2) {
-        let key_start = bounds[0] * key_width;
         for (row, head) in (bounds[0]..bounds[1]).flat_map(|row| (0..shape.n_heads).map(move |head| (row, head))) {
-            let at = row * query_width + head * head_dim;
-            let (query, dout) = (&saved.q[at..][..head_dim], &dout[at..][..head_dim]);
+            let at = row * shape.query_width() + head * head_dim;
+            let query = &saved.q[at..][..head_dim];
+            let dout = &dout[row * shape.out_width() + head * value_dim..][..value_dim];
+            let out = &saved.out[row * shape.out_width() + head * value_dim..][..value_dim];
             let visible = shape.visible(row - bounds[0], bounds[1] - bounds[0]);
-            let place = |position: usize| key_start + position * key_width + head / shape.group() * head_dim;
-            let (probabilities, _) = softmax_of_scores(shape, query, saved.k, visible.clone(), place);
-            let dprobabilities: Vec<f64> =
-                visible.clone().map(|position| dot(dout, &saved.v[place(position)..][..head_dim])).collect();
-            let mean: f64 = probabilities.iter().zip(&dprobabilities).map(|(p, d)| p * d).sum();
+            let kv_head = head / shape.group();
+            let place = |position: usize| (bounds[0] + position) * shape.key_width() + kv_head * head_dim;
+            let value_place = |position: usize| (bounds[0] + position) * shape.value_width() + kv_head * value_dim;
+            let sink = sinks.map(|sinks| sinks[head]);
+            let (probabilities, _, slopes) = softmax_of_scores(shape, query, saved.k, visible.clone(), place, sink);
+            let mean = dot(dout, out);
             let mut dquery = vec![0.0f64; head_dim];
-            for ((position, p), dp) in visible.zip(probabilities).zip(dprobabilities) {
-                let dscore = p * (dp - mean) * f64::from(shape.scale);
+            for ((position, p), slope) in visible.zip(probabilities).zip(slopes) {
+                let dp = dot(dout, &saved.v[value_place(position)..][..value_dim]);
+                let dscore = p * (dp - mean) * slope;
                 let at = place(position);
                 for i in 0..head_dim {
                     dquery[i] += dscore * f64::from(saved.k[at + i]);
                     dk_sum[at + i] += dscore * f64::from(query[i]);
-                    dv_sum[at + i] += p * f64::from(dout[i]);
+                }
+                for (sum, &dout) in dv_sum[value_place(position)..].iter_mut().zip(dout) {
+                    *sum += p * f64::from(dout);
                 }
             }
             dq[at..][..head_dim].iter_mut().zip(dquery).for_each(|(out, sum)| *out += sum as f32);

@@ -11,6 +11,7 @@ struct Batch {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    sinks: Option<Vec<f32>>,
     out: Vec<f32>,
     lse: Vec<f32>,
 }
@@ -18,8 +19,11 @@ struct Batch {
 impl Batch {
     fn new([kv, group, head_dim]: [usize; 3], window: Option<usize>, lengths: &[usize]) -> Self {
         let scale = 2.0 / (head_dim as f32).sqrt();
-        let (n_heads, n_kv_heads) = (kv * group, kv);
-        let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale, window, bidirectional: false };
+        let shape = AttentionShape { window, ..AttentionShape::grouped([kv * group, kv, head_dim], scale) };
+        Self::of_shape(shape, None, lengths)
+    }
+
+    fn of_shape(shape: AttentionShape, sinks: Option<Vec<f32>>, lengths: &[usize]) -> Self {
         let mut starts = vec![0];
         lengths.iter().for_each(|length| starts.push(starts[starts.len() - 1] + length));
         let tokens = starts[starts.len() - 1];
@@ -28,20 +32,24 @@ impl Batch {
             starts,
             q: numbers(1, tokens * shape.query_width()).iter().map(|x| x * 3.0).collect(),
             k: numbers(2, tokens * shape.key_width()),
-            v: numbers(3, tokens * shape.key_width()),
-            out: vec![0.0; tokens * shape.query_width()],
+            v: numbers(3, tokens * shape.value_width()),
+            sinks,
+            out: vec![0.0; tokens * shape.out_width()],
             lse: vec![0.0; tokens * shape.n_heads],
         }
     }
 
     fn forward(mut self, isa: Isa) -> Self {
         let inputs = [&self.q[..], &self.k, &self.v];
-        attention_forward_on(isa, &self.shape, inputs, &self.starts, &mut self.out, &mut self.lse);
+        let sinks = self.sinks.as_deref();
+        attention_forward_on(isa, &self.shape, inputs, sinks, &self.starts, [&mut self.out, &mut self.lse]);
         self
     }
 
     fn reference(mut self) -> Self {
-        attention_reference(&self.shape, &self.q, &self.k, &self.v, &self.starts, &mut self.out, &mut self.lse);
+        let inputs = [&self.q[..], &self.k, &self.v];
+        let sinks = self.sinks.as_deref();
+        attention_reference(&self.shape, inputs, sinks, &self.starts, &mut self.out, &mut self.lse);
         self
     }
 
@@ -52,12 +60,15 @@ impl Batch {
 
     /// `dq`, `dk`, `dv`, added to ones.
     fn backward(&self, isa: Option<Isa>) -> [Vec<f32>; 3] {
-        let dout = numbers(4, self.q.len());
+        let dout = numbers(4, self.out.len());
         let [mut dq, mut dk, mut dv] = [&self.q, &self.k, &self.v].map(|x| vec![1.0; x.len()]);
         let saved = self.saved();
         match isa {
             Some(isa) => attention_backward_on(isa, &self.shape, &saved, &dout, [&mut dq, &mut dk, &mut dv]),
-            None => attention_backward_reference(&self.shape, &saved, &dout, &mut dq, &mut dk, &mut dv),
+            None => {
+                let sinks = self.sinks.as_deref();
+                attention_backward_reference(&self.shape, &saved, sinks, &dout, [&mut dq, &mut dk, &mut dv]);
+            }
         }
         [dq, dk, dv]
     }
@@ -132,6 +143,59 @@ fn both_ways() {
 }
 
 #[test]
+fn chunks_caps_sinks_and_narrower_values() {
+    let plain = AttentionShape::grouped([6, 2, 24], 0.4);
+    let sinks = || Some(numbers(5, 6).iter().map(|x| 2.0 * x).collect::<Vec<f32>>());
+    for (shape, sinks) in [
+        (AttentionShape { chunk: Some(7), ..plain }, None),
+        (AttentionShape { chunk: Some(64), window: Some(100), ..plain }, None),
+        (AttentionShape { chunk: Some(100), ..plain }, None),
+        (AttentionShape { soft_cap: Some(1.5), ..plain }, None),
+        (AttentionShape { soft_cap: Some(30.0), ..plain }, sinks()),
+        (plain, sinks()),
+        (AttentionShape { window: Some(5), ..plain }, sinks()),
+        (AttentionShape { value_dim: 40, ..plain }, None),
+        (AttentionShape { value_dim: 7, n_kv_heads: 1, ..plain }, sinks()),
+    ] {
+        check_batch(&|| Batch::of_shape(shape, sinks.clone(), &[150, 0, 2, 64]));
+    }
+}
+
+/// Latents in f32 give the bits of the same rows as keys and values; in bf16, those of rounded rows.
+#[test]
+fn latents_are_keys_and_values() {
+    let shape = AttentionShape { value_dim: 18, ..AttentionShape::grouped([3, 1, 25], 0.3) };
+    let round = |x: &f32| half::bf16::from_f32(*x).to_f32();
+    for (format, narrow) in [(CacheFormat::F32, (|x| *x) as fn(&f32) -> f32), (CacheFormat::Bf16, round)] {
+        let latents = numbers(2, 150 * 25);
+        let mut whole = Batch::of_shape(shape, None, &[150]);
+        whole.k = latents.iter().map(narrow).collect();
+        whole.v = whole.k.chunks_exact(25).flat_map(|row| row[..18].to_vec()).collect();
+        for isa in Isa::available() {
+            let whole = Batch { q: whole.q.clone(), k: whole.k.clone(), ..Batch::of_shape(shape, None, &[150]) };
+            let whole = Batch { v: whole.k.chunks_exact(25).flat_map(|row| row[..18].to_vec()).collect(), ..whole };
+            let whole = whole.forward(isa);
+            let (mut cache, mut first) = (LatentCache::new(25, format), 0);
+            let mut out = vec![0.0; whole.out.len()];
+            for rows in [1, 2, 60, 5, 81, 1] {
+                cache.push(&vec![f32::NAN; 70 * 25]);
+                cache.truncate(first);
+                cache.push(&latents[first * 25..(first + rows) * 25]);
+                let sequence = CachedSequence { rows, cache: Cached::Latents(&cache) };
+                let queries = &whole.q[first * 75..(first + rows) * 75];
+                attention_cached_on(isa, &shape, queries, None, &[sequence], &mut out[first * 54..(first + rows) * 54]);
+                first += rows;
+            }
+            assert_eq!(bits(&out), bits(&whole.out), "{isa:?}");
+            let before = cache.clone();
+            cache.truncate(70);
+            cache.push(&latents[..25]);
+            assert_eq!((before.len(), cache.len()), (150, 71));
+        }
+    }
+}
+
+#[test]
 fn empty() {
     check([2, 2, 8], None, &[]);
     check([2, 2, 8], None, &[0, 4, 0]);
@@ -150,8 +214,8 @@ fn chunked(isa: Isa, whole: &Batch, chunks: &[usize], rubbish: f32) -> Vec<f32> 
         let fresh = first * shape.key_width()..(first + rows) * shape.key_width();
         cache.push(&whole.k[fresh.clone()], &whole.v[fresh]);
         let part = first * shape.query_width()..(first + rows) * shape.query_width();
-        let sequence = CachedSequence { rows, cache: &cache };
-        attention_cached_on(isa, shape, &whole.q[part.clone()], &[sequence], &mut out[part]);
+        let sequence = CachedSequence { rows, cache: Cached::KeysValues(&cache) };
+        attention_cached_on(isa, shape, &whole.q[part.clone()], None, &[sequence], &mut out[part]);
         first += rows;
     }
     out
@@ -167,8 +231,8 @@ fn a_cache_in_bf16_is_attention_over_rounded_keys_and_values() {
         (batch.k, batch.v) = (batch.k.iter().map(round).collect(), batch.v.iter().map(round).collect());
         let rounded = batch.forward(isa);
         let mut out = vec![0.0; rounded.q.len()];
-        let sequence = CachedSequence { rows: 150, cache: &cache };
-        attention_cached_on(isa, &rounded.shape, &rounded.q, &[sequence], &mut out);
+        let sequence = CachedSequence { rows: 150, cache: Cached::KeysValues(&cache) };
+        attention_cached_on(isa, &rounded.shape, &rounded.q, None, &[sequence], &mut out);
         assert_eq!(bits(&out), bits(&rounded.out), "{isa:?}");
     }
 }
@@ -191,8 +255,8 @@ fn a_cache_in_bytes_is_attention_over_rounded_keys_and_values() {
     let mut bits_of = Vec::new();
     for isa in Isa::available() {
         let mut out = vec![0.0; wanted.q.len()];
-        let sequence = CachedSequence { rows: 150, cache: &cache };
-        attention_cached_on(isa, &wanted.shape, &wanted.q, &[sequence], &mut out);
+        let sequence = CachedSequence { rows: 150, cache: Cached::KeysValues(&cache) };
+        attention_cached_on(isa, &wanted.shape, &wanted.q, None, &[sequence], &mut out);
         let difference = out.iter().zip(&wanted.out).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(difference < 2e-6, "{isa:?}: {difference}");
         bits_of.push(bits(&out));
@@ -213,8 +277,15 @@ fn a_cache_in_bytes_is_the_same_however_it_is_filled() {
             let fresh = first * 80..(first + rows) * 80;
             cache.push(&whole.k[fresh.clone()], &whole.v[fresh]);
             let part = first * 160..(first + rows) * 160;
-            let sequence = CachedSequence { rows, cache: &cache };
-            attention_cached_on(Isa::current(), &whole.shape, &whole.q[part.clone()], &[sequence], &mut out[part]);
+            let sequence = CachedSequence { rows, cache: Cached::KeysValues(&cache) };
+            attention_cached_on(
+                Isa::current(),
+                &whole.shape,
+                &whole.q[part.clone()],
+                None,
+                &[sequence],
+                &mut out[part],
+            );
             first += rows;
         }
         bits(&out)
@@ -230,10 +301,15 @@ fn what_is_no_number_stays_none_in_bytes() {
     rows[3] = f32::NAN;
     let mut cache = LayerCache::new(1, 16, CacheFormat::Q8);
     cache.push(&rows, &[1.0; 16]);
-    let shape =
-        AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None, bidirectional: false };
+    let shape = AttentionShape::grouped([1, 1, 16], 0.25);
     let mut out = vec![0.0; 16];
-    attention_cached(&shape, &[1.0; 16], &[CachedSequence { rows: 1, cache: &cache }], &mut out);
+    attention_cached(
+        &shape,
+        &[1.0; 16],
+        None,
+        &[CachedSequence { rows: 1, cache: Cached::KeysValues(&cache) }],
+        &mut out,
+    );
     assert!(out[0].is_nan());
 }
 
@@ -254,9 +330,11 @@ fn sequences_over_their_own_caches_get_what_they_get_whole() {
             caches.push(cache);
             counts.push(rows);
         }
-        let cached: Vec<_> = caches.iter().zip(counts).map(|(cache, rows)| CachedSequence { rows, cache }).collect();
+        let cached = caches.iter().zip(counts);
+        let cached: Vec<_> =
+            cached.map(|(cache, rows)| CachedSequence { rows, cache: Cached::KeysValues(cache) }).collect();
         let mut out = vec![0.0; q.len()];
-        attention_cached_on(isa, shape, &q, &cached, &mut out);
+        attention_cached_on(isa, shape, &q, None, &cached, &mut out);
         assert_eq!(bits(&out), bits(&wanted), "{isa:?}");
     }
 }
@@ -343,11 +421,16 @@ fn a_clone_shares_blocks_and_goes_its_own_way() {
             parts.iter().for_each(|part| cache.push(part, part));
             cache
         };
-        let shape =
-            AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None, bidirectional: false };
+        let shape = AttentionShape::grouped([1, 1, 16], 0.25);
         let attended = |cache: &LayerCache| {
             let mut out = vec![0.0; 16];
-            attention_cached(&shape, &other[..16], &[CachedSequence { rows: 1, cache }], &mut out);
+            attention_cached(
+                &shape,
+                &other[..16],
+                None,
+                &[CachedSequence { rows: 1, cache: Cached::KeysValues(cache) }],
+                &mut out,
+            );
             bits(&out)
         };
         assert_eq!(attended(&origin), attended(&alone(&[&rows[..130 * 16]])), "{format:?}");

@@ -1,5 +1,6 @@
 //! The feed-forward part of a layer.
 
+use moebius_kernels::gates::Gate;
 use moebius_moe::RouterSettings;
 
 /// The feed-forward part of a layer.
@@ -11,11 +12,13 @@ pub enum Ffn {
     Moe(MoeFfn),
 }
 
-/// One SwiGLU network.
+/// One gated network.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DenseFfn {
     /// Its inner width.
     pub width: usize,
+    /// Its non-linearity.
+    pub gate: Gate,
 }
 
 /// Networks behind a router.
@@ -25,10 +28,16 @@ pub struct MoeFfn {
     pub n_experts: usize,
     /// Inner width of each.
     pub width: usize,
+    /// Their non-linearity, and that of the shared ones.
+    pub gate: Gate,
+    /// Whether both of their products have biases (gpt-oss).
+    pub bias: bool,
     /// How experts are chosen and weighed.
     pub router: RouterSettings,
     /// What every token passes besides.
     pub shared: Option<SharedExperts>,
+    /// Whether a bias is added to the experts' sum (JetMoE).
+    pub output_bias: bool,
 }
 
 /// A network beside the chosen experts that every token passes; published models count it as several experts.
@@ -43,12 +52,17 @@ pub struct SharedExperts {
 impl Ffn {
     /// One SwiGLU network.
     pub fn dense(width: usize) -> Self {
-        Self::Dense(DenseFfn { width })
+        Self::Dense(DenseFfn { width, gate: Gate::Silu })
     }
 
     /// SwiGLU experts behind a softmax router.
     pub fn moe_of(n_experts: usize, top_k: usize, width: usize, renormalise: bool) -> Self {
-        Self::Moe(MoeFfn { n_experts, width, router: RouterSettings::softmax(top_k, renormalise), shared: None })
+        Self::moe_with(n_experts, width, RouterSettings::softmax(top_k, renormalise), None)
+    }
+
+    /// SwiGLU experts behind a router, and what every token passes besides.
+    pub fn moe_with(n_experts: usize, width: usize, router: RouterSettings, shared: Option<SharedExperts>) -> Self {
+        Self::Moe(MoeFfn { n_experts, width, gate: Gate::Silu, bias: false, router, shared, output_bias: false })
     }
 
     /// The experts, if it has some.
@@ -62,7 +76,7 @@ impl Ffn {
     /// The inner width of one network.
     pub fn width(&self) -> usize {
         match self {
-            Self::Dense(DenseFfn { width }) | Self::Moe(MoeFfn { width, .. }) => *width,
+            Self::Dense(DenseFfn { width, .. }) | Self::Moe(MoeFfn { width, .. }) => *width,
         }
     }
 }

@@ -4,12 +4,15 @@
 mod attention;
 mod feed_forward;
 mod position;
+mod recurrent;
 mod uniform;
 mod validate;
 
-pub use attention::{AttentionConfig, Mixer, QkNorm, Reach};
+pub use attention::{AttentionConfig, LatentConfig, Mixer, QkNorm, Reach, Temperature};
 pub use feed_forward::{DenseFfn, Ffn, MoeFfn, SharedExperts};
-pub use position::{Rope, RopePairs, RopeScaling};
+pub use moebius_kernels::gates::Gate;
+pub use position::{Rope, RopePairs, RopeScaling, Yarn};
+pub use recurrent::{DeltaNet, DeltaProjections, HeadMixture, Mamba, ShortConvolution};
 pub use uniform::UniformDecoder;
 pub(crate) use validate::check_layer_count;
 
@@ -30,6 +33,8 @@ pub struct ModelConfig {
     pub max_positions: usize,
     /// The norms of the residual stream, those of layers and the last.
     pub norm: Norm,
+    /// The last norm, where it is another one (JetMoE).
+    pub last_norm: Option<Norm>,
     /// Where in a layer they stand.
     pub norm_place: NormPlace,
     /// Constant factors.
@@ -40,6 +45,8 @@ pub struct ModelConfig {
     pub depths: Option<DepthsConfig>,
     /// Whether the output projection is the embedding.
     pub tie_embeddings: bool,
+    /// Whether the logits have a bias.
+    pub head_bias: bool,
     /// Weight of the load-balancing loss in training.
     pub router_aux_loss_coef: f64,
     /// The token that begins a text, if any.
@@ -99,13 +106,33 @@ pub enum Norm {
         /// Added to the mean square.
         eps: f64,
     },
+    /// The mean taken away, divided by the root of the variance, times a weight, plus a bias if it has one.
+    Layer {
+        /// Added to the variance.
+        eps: f64,
+        /// Whether it has a bias.
+        bias: bool,
+    },
+    /// As `Rms`, times one plus the weight (Gemma, Qwen3-Next).
+    RmsFromOne {
+        /// Added to the mean square.
+        eps: f64,
+    },
 }
 
 impl Norm {
     /// What is added to the mean square, or the variance.
     pub fn eps(self) -> f64 {
         match self {
-            Self::Rms { eps } => eps,
+            Self::Rms { eps } | Self::RmsFromOne { eps } | Self::Layer { eps, .. } => eps,
+        }
+    }
+
+    /// What is added to the weights of an RMSNorm.
+    pub(crate) fn offset(self) -> f32 {
+        match self {
+            Self::Rms { .. } | Self::Layer { .. } => 0.0,
+            Self::RmsFromOne { .. } => 1.0,
         }
     }
 }

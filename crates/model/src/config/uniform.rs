@@ -71,6 +71,12 @@ impl UniformDecoder<'_> {
             scale: (self.head_dim as f64).powf(-0.5),
             qk_norm: self.qk_norm,
             qkv_bias: self.qkv_bias,
+            o_bias: false,
+            clip: None,
+            sinks: false,
+            soft_cap: None,
+            temperature: None,
+            gated: false,
         };
         let layer = LayerConfig { mixer: Mixer::Attention(attention), ffn: self.ffn };
         ModelConfig {
@@ -80,11 +86,13 @@ impl UniformDecoder<'_> {
             layers: vec![layer; self.n_layers],
             max_positions: self.max_positions,
             norm: Norm::Rms { eps: self.rms_eps },
+            last_norm: None,
             norm_place: NormPlace::Before,
             scales: Scales::default(),
             routing: None,
             depths: None,
             tie_embeddings: self.tie_embeddings,
+            head_bias: false,
             router_aux_loss_coef: 0.0,
             bos_token: None,
             eos_tokens: Vec::new(),

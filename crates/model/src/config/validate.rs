@@ -1,6 +1,9 @@
 //! Contradictions in a configuration, by the key of Hugging Face's spelling.
 
-use super::{AttentionConfig, DepthSampler, Ffn, LayerConfig, Mixer, ModelConfig, MoeFfn, Reach, Rope};
+use super::{
+    AttentionConfig, DepthSampler, Ffn, LatentConfig, LayerConfig, Mixer, ModelConfig, MoeFfn, Reach, Rope, RopeScaling,
+};
+use moebius_moe::RouterSettings;
 
 /// The largest size that any one dimension may ask for: far above published models, far below what overflows.
 const LARGEST: usize = 1 << 24;
@@ -11,11 +14,32 @@ const MOST_EXPERTS: usize = 1 << 20;
 /// The most weights: sixteen times the largest published model's, times sixteen again.
 const MOST_WEIGHTS: u128 = 1 << 48;
 
-/// What is wrong: a key, and what was wanted and found.
-type Wrong = (&'static str, String);
+/// The most tokens that a convolution may see: published ones see three or four.
+const MOST_TAPS: usize = 1 << 10;
 
-fn check_size(key: &'static str, size: usize) -> Result<(), Wrong> {
+/// What is wrong: a key, and what was wanted and found.
+pub(super) type Wrong = (&'static str, String);
+
+pub(super) fn check_size(key: &'static str, size: usize) -> Result<(), Wrong> {
     if (1..=LARGEST).contains(&size) { Ok(()) } else { Err((key, format!("wanted 1 to {LARGEST}, found {size}"))) }
+}
+
+/// Looks at the experts of one layer of `n_layers`.
+pub(super) fn check_experts(n_experts: usize, router: &RouterSettings, n_layers: usize) -> Result<(), Wrong> {
+    let most = (1 << 16).min(MOST_EXPERTS / n_layers);
+    if !(1..=most).contains(&n_experts) {
+        return Err(("num_local_experts", format!("wanted 1 to {most}, found {n_experts}")));
+    }
+    if !(1..=n_experts).contains(&router.top_k) {
+        let found = router.top_k;
+        return Err(("num_experts_per_tok", format!("wanted 1 to the {n_experts} experts, found {found}")));
+    }
+    router.check(n_experts).map_err(|error| ("n_group", error.to_string()))
+}
+
+/// Looks at the tokens that a convolution sees.
+pub(super) fn check_taps(key: &'static str, taps: usize) -> Result<(), Wrong> {
+    if (1..=MOST_TAPS).contains(&taps) { Ok(()) } else { Err((key, format!("wanted 1 to {MOST_TAPS}, found {taps}"))) }
 }
 
 fn check_number(key: &'static str, least: f64, number: f64) -> Result<(), Wrong> {
@@ -110,7 +134,7 @@ impl ModelConfig {
     pub fn count_weights_of(&self, n_layers: usize) -> u128 {
         // At sizes up to the largest, a product needs more than 64 bits.
         let layers = self.layers.iter().take(n_layers);
-        let rows: u128 = layers.map(|layer| layer.mixer.count_rows() + layer.ffn.count_rows()).sum();
+        let rows: u128 = layers.map(|layer| layer.mixer.count_rows(self.hidden) + layer.ffn.count_rows()).sum();
         self.hidden as u128 * (2 * self.vocab_size as u128 + rows)
     }
 }
@@ -119,18 +143,15 @@ impl LayerConfig {
     fn validate(&self, n_layers: usize) -> Result<(), Wrong> {
         match &self.mixer {
             Mixer::Attention(attention) => attention.validate()?,
+            Mixer::Latent(latent) => latent.validate()?,
+            Mixer::HeadMixture(mixture) => mixture.validate()?,
+            Mixer::DeltaNet(net) => net.validate()?,
+            Mixer::ShortConvolution(convolution) => convolution.validate()?,
+            Mixer::Mamba(mamba) => mamba.validate()?,
         }
         check_size("intermediate_size", self.ffn.width())?;
         let Ffn::Moe(MoeFfn { n_experts, router, shared, .. }) = self.ffn else { return Ok(()) };
-        let most = (1 << 16).min(MOST_EXPERTS / n_layers);
-        if !(1..=most).contains(&n_experts) {
-            return Err(("num_local_experts", format!("wanted 1 to {most}, found {n_experts}")));
-        }
-        if !(1..=n_experts).contains(&router.top_k) {
-            let found = router.top_k;
-            return Err(("num_experts_per_tok", format!("wanted 1 to the {n_experts} experts, found {found}")));
-        }
-        router.check(n_experts).map_err(|error| ("n_group", error.to_string()))?;
+        check_experts(n_experts, &router, n_layers)?;
         shared.map_or(Ok(()), |shared| check_size("shared_expert_intermediate_size", shared.width))
     }
 }
@@ -151,8 +172,20 @@ impl AttentionConfig {
                 format!("wanted a divisor of num_attention_heads {heads}, found {kv}"),
             ));
         }
-        if self.reach == Reach::Window(0) {
-            return Err(("sliding_window", "wanted at least 1, or null for none, found 0".into()));
+        match self.reach {
+            Reach::Window(0) => return Err(("sliding_window", "wanted at least 1, or null for none, found 0".into())),
+            Reach::Chunk(0) => return Err(("attention_chunk_size", "wanted at least 1, found 0".into())),
+            _ => {}
+        }
+        if self.clip.is_some_and(|clip| !(clip.is_finite() && clip > 0.0)) {
+            return Err(("clip_qkv", format!("wanted a number above 0, found {:?}", self.clip)));
+        }
+        if self.soft_cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
+            return Err(("attn_logit_softcapping", format!("wanted a number above 0, found {:?}", self.soft_cap)));
+        }
+        if let Some(temperature) = self.temperature {
+            check_number("attn_scale", 0.0, temperature.scale)?;
+            check_number("floor_scale", f64::MIN_POSITIVE, temperature.floor)?;
         }
         if !self.scale.is_finite() {
             return Err(("attention_multiplier", format!("wanted a number, found {}", self.scale)));
@@ -161,8 +194,69 @@ impl AttentionConfig {
     }
 }
 
+impl LatentConfig {
+    fn validate(&self) -> Result<(), Wrong> {
+        for (key, size) in [
+            ("num_attention_heads", self.n_heads),
+            ("q_lora_rank", self.q_rank.unwrap_or(1)),
+            ("kv_lora_rank", self.kv_rank),
+            ("qk_nope_head_dim", self.nope_dim),
+            ("qk_rope_head_dim", self.rope_dim),
+            ("v_head_dim", self.value_dim),
+        ] {
+            check_size(key, size)?;
+        }
+        check_number("scale", f64::MIN_POSITIVE, self.scale)?;
+        self.rope.validate(self.rope_dim)
+    }
+}
+
+impl RopeScaling {
+    fn validate(&self, dims: usize) -> Result<(), Wrong> {
+        let positive = |key, number: f64| check_number(key, f64::MIN_POSITIVE, number);
+        match self {
+            Self::None => Ok(()),
+            Self::Linear { factor } => positive("rope_scaling.factor", *factor),
+            Self::Llama3 { factor, low, high, original_positions } => {
+                positive("rope_scaling.factor", *factor)?;
+                positive("rope_scaling.low_freq_factor", *low)?;
+                check_size("rope_scaling.original_max_position_embeddings", *original_positions)?;
+                if high > low && high.is_finite() {
+                    return Ok(());
+                }
+                let message = format!("wanted more than low_freq_factor {low}, found {high}");
+                Err(("rope_scaling.high_freq_factor", message))
+            }
+            Self::LongRope { short, long, magnitude, original_positions } => {
+                for (key, factors) in [("rope_scaling.short_factor", short), ("rope_scaling.long_factor", long)] {
+                    if factors.len() != dims / 2 {
+                        return Err((key, format!("wanted {} numbers, found {}", dims / 2, factors.len())));
+                    }
+                    factors.iter().try_for_each(|&factor| positive(key, factor))?;
+                }
+                check_size("rope_scaling.original_max_position_embeddings", *original_positions)?;
+                positive("rope_scaling.attention_factor", *magnitude)
+            }
+            Self::Yarn(yarn) => {
+                positive("rope_scaling.factor", yarn.factor)?;
+                positive("rope_scaling.beta_fast", yarn.beta_fast)?;
+                positive("rope_scaling.beta_slow", yarn.beta_slow)?;
+                check_size("rope_scaling.original_max_position_embeddings", yarn.original_positions)?;
+                for (key, number) in [
+                    ("rope_scaling.attention_factor", yarn.attention_factor),
+                    ("rope_scaling.mscale", yarn.mscale),
+                    ("rope_scaling.mscale_all_dim", yarn.mscale_all_dim),
+                ] {
+                    check_number(key, 0.0, number.unwrap_or(0.0))?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
 impl Rope {
-    fn validate(&self, head_dim: usize) -> Result<(), Wrong> {
+    pub(super) fn validate(&self, head_dim: usize) -> Result<(), Wrong> {
         if !self.dims.is_multiple_of(2) || !(1..=head_dim).contains(&self.dims) {
             let (key, dims) = if self.dims == head_dim {
                 ("head_dim", String::new())
@@ -171,18 +265,38 @@ impl Rope {
             };
             return Err((key, format!("wanted an even number{dims}, found {}", self.dims)));
         }
-        check_number("rope_theta", 1.0, self.theta)
+        check_number("rope_theta", 1.0, self.theta)?;
+        if self.theta == 1.0 && matches!(self.scaling, RopeScaling::Yarn(_)) {
+            return Err(("rope_theta", "wanted more than 1 with yarn, found 1".into()));
+        }
+        self.scaling.validate(self.dims)
     }
 }
 
 impl Mixer {
     /// Rows of its matrices, each as wide as the residual stream.
-    fn count_rows(&self) -> u128 {
+    fn count_rows(&self, hidden: usize) -> u128 {
         match self {
-            Self::Attention(AttentionConfig { n_heads, n_kv_heads, head_dim, .. }) => {
-                2 * (*n_heads as u128 + *n_kv_heads as u128) * *head_dim as u128
+            Self::Attention(AttentionConfig { n_heads, n_kv_heads, head_dim, gated, .. }) => {
+                let [heads, kv_heads] = [*n_heads, *n_kv_heads].map(|heads| heads as u128);
+                (2 * (heads + kv_heads) + if *gated { heads } else { 0 }) * *head_dim as u128
             }
+            Self::Latent(latent) => latent.count_rows(),
+            Self::HeadMixture(mixture) => mixture.count_rows(),
+            Self::DeltaNet(net) => net.count_rows(),
+            Self::ShortConvolution(_) => 4 * hidden as u128,
+            Self::Mamba(mamba) => mamba.count_rows(hidden),
         }
+    }
+}
+
+impl LatentConfig {
+    /// As if all matrices were as wide as the residual stream; latents are narrower.
+    fn count_rows(&self) -> u128 {
+        let wide = |size: usize| size as u128;
+        let (heads, query) = (wide(self.n_heads), wide(self.nope_dim + self.rope_dim));
+        let queries = self.q_rank.map_or(heads * query, |rank| wide(rank) + heads * query);
+        queries + wide(self.kv_rank + self.rope_dim) + heads * wide(self.nope_dim + 2 * self.value_dim)
     }
 }
 

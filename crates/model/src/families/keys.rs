@@ -71,6 +71,39 @@ impl<'a> Keys<'a> {
         self.get(key).map_or(Ok(default), |value| value.as_f64().ok_or_else(|| self.wrong(key, "a number", value)))
     }
 
+    /// A number, if it is there.
+    pub(crate) fn optional_number(&self, key: &str) -> Result<Option<f64>, ModelError> {
+        self.get(key).map(|value| value.as_f64().ok_or_else(|| self.wrong(key, "a number", value))).transpose()
+    }
+
+    /// A number that must be there.
+    pub(crate) fn needed_number(&self, key: &str) -> Result<f64, ModelError> {
+        self.needed(key, "a number")?;
+        self.number(key, 0.0)
+    }
+
+    /// A list that must be there, each of its values read by `read` (none: it is something else).
+    pub(crate) fn list<T>(
+        &self,
+        key: &str,
+        wanted: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Vec<T>, ModelError> {
+        let value = self.needed(key, wanted)?;
+        let list = value.as_array().and_then(|values| values.iter().map(&read).collect());
+        list.ok_or_else(|| self.wrong(key, wanted, value))
+    }
+
+    /// A list of numbers that must be there.
+    pub(crate) fn numbers(&self, key: &str) -> Result<Vec<f64>, ModelError> {
+        self.list(key, "a list of numbers", Value::as_f64)
+    }
+
+    /// The names of all keys that are not null.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.map.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| &name[..])
+    }
+
     /// A truth value, or `default` if it is absent.
     pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool, ModelError> {
         self.get(key)
@@ -97,6 +130,11 @@ impl<'a> Keys<'a> {
             Some(Value::Object(map)) => Ok(Some(Keys { file: self.file, place: format!("{}{key}.", self.place), map })),
             Some(value) => Err(self.wrong(key, "an object", value)),
         }
+    }
+
+    /// The value of the first of several spellings of a key that is there.
+    pub(crate) fn spelled(&self, spellings: &[&'static str]) -> &'static str {
+        spellings.iter().find(|key| self.has(key)).unwrap_or(&spellings[0])
     }
 
     /// An error unless a key is absent or has the one value that we compute.

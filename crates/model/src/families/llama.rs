@@ -1,7 +1,8 @@
 //! Llama (Touvron et al. 2023): the dense decoder that Mixtral differs from in its feed-forward part alone.
 
 use super::keys::Keys;
-use super::{Family, olmoe, shared};
+use super::tensors::Names;
+use super::{Family, shared};
 use crate::{Ffn, ModelConfig, ModelError};
 use serde_json::{Map, Value};
 
@@ -11,11 +12,10 @@ pub(super) const FAMILY: Family = Family {
     architecture: "LlamaForCausalLM",
     read,
     write,
-    tensors: olmoe::tensors,
+    tensors: |config| Names::LLAMA.tensors(config),
 };
 
-const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 2048, n_kv_heads: None, head_dim: None };
+const DEFAULTS: shared::Defaults = shared::Defaults::LLAMA;
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     keys.only("sliding_window", Value::Null)?;

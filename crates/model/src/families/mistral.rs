@@ -1,7 +1,8 @@
 //! Mistral (Jiang et al. 2023): Llama with a sliding window.
 
 use super::keys::Keys;
-use super::{Family, olmoe, shared};
+use super::tensors::Names;
+use super::{Family, shared};
 use crate::{Ffn, ModelConfig, ModelError};
 use serde_json::{Map, Value, json};
 
@@ -11,11 +12,11 @@ pub(super) const FAMILY: Family = Family {
     architecture: "MistralForCausalLM",
     read,
     write,
-    tensors: olmoe::tensors,
+    tensors: |config| Names::LLAMA.tensors(config),
 };
 
 const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 4096 * 32, n_kv_heads: Some(8), head_dim: None };
+    shared::Defaults { max_positions: 4096 * 32, n_kv_heads: Some(8), ..shared::Defaults::LLAMA };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let ffn = Ffn::dense(keys.size("intermediate_size")?);

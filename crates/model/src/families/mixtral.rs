@@ -1,15 +1,28 @@
 //! Mixtral (Jiang et al. 2024): softmax over all experts, the best k, weights renormalised.
 
 use super::keys::Keys;
-use super::{Family, TensorMap, shared};
+use super::rope::RopeDefaults;
+use super::tensors::{self, Names};
+use super::{Family, shared};
 use crate::{Ffn, ModelConfig, ModelError};
 use serde_json::{Map, Value, json};
 
-pub(super) const FAMILY: Family =
-    Family { name: "mixtral", model_types: &["mixtral"], architecture: "MixtralForCausalLM", read, write, tensors };
+pub(super) const FAMILY: Family = Family {
+    name: "mixtral",
+    model_types: &["mixtral"],
+    architecture: "MixtralForCausalLM",
+    read,
+    write,
+    tensors: |config| NAMES.tensors(config),
+};
 
-const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e6, rms_eps: 1e-5, max_positions: 4096 * 32, n_kv_heads: Some(8), head_dim: None };
+const DEFAULTS: shared::Defaults = shared::Defaults {
+    rope: RopeDefaults::halves(1e6),
+    rms_eps: 1e-5,
+    max_positions: 4096 * 32,
+    n_kv_heads: Some(8),
+    ..shared::Defaults::LLAMA
+};
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let (n_experts, top_k) = (keys.size("num_local_experts")?, keys.size("num_experts_per_tok")?);
@@ -31,8 +44,4 @@ fn write(config: &ModelConfig) -> Map<String, Value> {
     map
 }
 
-fn tensors(config: &ModelConfig) -> Vec<TensorMap> {
-    shared::tensors(config, |layer| {
-        shared::feed_forward_tensors(config, layer, ["mlp", "block_sparse_moe"], shared::NUMBERED)
-    })
-}
+const NAMES: Names = Names { moe: "block_sparse_moe", experts: tensors::NUMBERED, ..Names::LLAMA };

@@ -1,21 +1,48 @@
 //! Families: how published models spell what [`ModelConfig`] and our weights say. A family is data; the arithmetic is
 //! elsewhere.
 
+mod dbrx;
+mod deepseek_v2;
+mod deepseek_v3;
+mod dots1;
+mod ernie4_5_moe;
+mod flex_olmo;
+mod glm4_moe;
+mod glm4_moe_lite;
+mod gpt_oss;
+mod granitemoe;
+mod granitemoeshared;
+mod hunyuan_v1_moe;
+mod hybrid;
+mod jamba;
+mod jetmoe;
 mod keys;
+mod latent;
+mod lfm2_moe;
 mod llama;
+mod llama4_text;
+mod minimax_m2;
 mod mistral;
 mod mixtral;
 mod moebius;
 mod olmoe;
+mod phimoe;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
+mod rope;
 mod shared;
+mod tensor_map;
+mod tensors;
 
 use crate::{ModelConfig, ModelError};
-use keys::Keys;
+pub(crate) use keys::Keys;
 use serde_json::{Map, Value};
-use std::ops::Range;
+pub(crate) use tensor_map::group_by_file;
+pub use tensor_map::{TensorMap, View};
 
 /// One published family.
 #[derive(Clone, Copy)]
@@ -31,30 +58,38 @@ pub struct Family {
     tensors: fn(&ModelConfig) -> Vec<TensorMap>,
 }
 
-/// A tensor of a checkpoint and the weight, or the part of one, that it holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorMap {
-    /// Its name in the file.
-    pub file_name: String,
-    /// Its shape in the file.
-    pub file_shape: Vec<usize>,
-    /// The name of our weight.
-    pub param: String,
-    /// The rows that it fills, counted over all dimensions but the last (a vector is one row).
-    pub rows: Range<usize>,
-}
-
 /// All families, in the order of their names.
 pub fn all() -> &'static [Family] {
     &[
+        dbrx::FAMILY,
+        deepseek_v2::FAMILY,
+        deepseek_v3::FAMILY,
+        dots1::FAMILY,
+        ernie4_5_moe::FAMILY,
+        flex_olmo::FAMILY,
+        glm4_moe::FAMILY,
+        glm4_moe_lite::FAMILY,
+        gpt_oss::FAMILY,
+        granitemoe::FAMILY,
+        granitemoeshared::FAMILY,
+        hunyuan_v1_moe::FAMILY,
+        jamba::FAMILY,
+        jetmoe::FAMILY,
+        lfm2_moe::FAMILY,
         llama::FAMILY,
+        llama4_text::FAMILY,
+        minimax_m2::FAMILY,
         mistral::FAMILY,
         mixtral::FAMILY,
         moebius::FAMILY,
         olmoe::FAMILY,
+        phimoe::FAMILY,
         qwen2::FAMILY,
+        qwen2_moe::FAMILY,
         qwen3::FAMILY,
+        qwen3_5_moe::FAMILY,
         qwen3_moe::FAMILY,
+        qwen3_next::FAMILY,
     ]
 }
 

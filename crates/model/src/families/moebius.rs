@@ -2,6 +2,7 @@
 //! experts (`docs/moebius-layout.md`).
 
 use super::keys::Keys;
+use super::tensors::{self, Names};
 use super::{Family, TensorMap, shared};
 use crate::config::{DepthSampler, DepthsConfig, MoeFfn};
 use crate::{Ffn, ModelConfig, ModelError, methods};
@@ -11,8 +12,7 @@ use serde_json::{Map, Value, json};
 pub(super) const FAMILY: Family =
     Family { name: "moebius", model_types: &["moebius"], architecture: "MoebiusForCausalLM", read, write, tensors };
 
-const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-5, max_positions: 2048, n_kv_heads: None, head_dim: None };
+const DEFAULTS: shared::Defaults = shared::Defaults { rms_eps: 1e-5, ..shared::Defaults::LLAMA };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let dense = Ffn::dense(keys.size("intermediate_size")?);
@@ -92,25 +92,24 @@ fn write(config: &ModelConfig) -> Map<String, Value> {
 }
 
 fn tensors(config: &ModelConfig) -> Vec<TensorMap> {
-    shared::tensors(config, |layer| {
-        let mut all = depth_tensors(config, layer);
-        match (&config.layers[layer].ffn, &config.routing) {
-            (Ffn::Moe(moe), Some(method)) => {
-                let (theirs, ours) = (format!("model.layers.{layer}.mlp"), format!("layers.{layer}.moe"));
-                all.extend(router_tensors(config, moe, method, [&theirs, &ours]));
-                all.extend(shared::bank_tensors(moe, config.hidden, &theirs, &ours, shared::PROJECTIONS));
-            }
-            _ => all.extend(shared::feed_forward_tensors(config, layer, ["mlp", "mlp"], shared::PROJECTIONS)),
+    let mut all = Names::LLAMA.tensors(config);
+    for (layer, parts) in config.layers.iter().enumerate() {
+        all.extend(depth_tensors(config, layer));
+        if let (Ffn::Moe(moe), Some(method)) = (&parts.ffn, &config.routing) {
+            let (theirs, ours) = (format!("model.layers.{layer}.mlp"), format!("layers.{layer}.moe"));
+            // The method's weights stand in place of the family router's.
+            all.retain(|map| map.param != format!("{ours}.router"));
+            all.extend(router_tensors(config, moe, method, [&theirs, &ours]));
         }
-        all
-    })
+    }
+    all
 }
 
 /// The router around a layer, and its sampler.
 fn depth_tensors(config: &ModelConfig, layer: usize) -> Vec<TensorMap> {
     let Some(depths) = config.depths.filter(|depths| depths.applies(layer)) else { return Vec::new() };
     let of = |name: &str, rows, cols| {
-        shared::matrix(&format!("model.layers.{layer}.{name}"), &format!("layers.{layer}.{name}"), rows, cols)
+        tensors::matrix(&format!("model.layers.{layer}.{name}"), &format!("layers.{layer}.{name}"), rows, cols)
     };
     let mut all = vec![of("depth_router", 1, config.hidden)];
     if let DepthSampler::Predictor { width } = depths.sampler {
@@ -130,12 +129,7 @@ fn router_tensors(
     let weights = method.weights(&config.method_layer(moe)).unwrap_or_default();
     let map = |(name, shape): (String, Vec<usize>)| {
         let rows = if shape.len() == 1 { 1 } else { shape[..shape.len() - 1].iter().product() };
-        TensorMap {
-            file_name: format!("{theirs}.{name}.weight"),
-            file_shape: shape,
-            param: format!("{ours}.{name}"),
-            rows: 0..rows,
-        }
+        TensorMap::whole(format!("{theirs}.{name}.weight"), &shape, format!("{ours}.{name}"), 0..rows)
     };
     weights.into_iter().map(map).collect()
 }

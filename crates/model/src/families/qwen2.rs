@@ -1,7 +1,8 @@
 //! Qwen2 (Yang et al. 2024): Llama with biases on queries, keys and values.
 
 use super::keys::Keys;
-use super::{Family, olmoe, shared};
+use super::tensors::Names;
+use super::{Family, shared};
 use crate::{Ffn, ModelConfig, ModelError};
 use serde_json::{Map, Value, json};
 
@@ -11,11 +12,11 @@ pub(super) const FAMILY: Family = Family {
     architecture: "Qwen2ForCausalLM",
     read,
     write,
-    tensors: olmoe::tensors,
+    tensors: |config| Names::LLAMA.tensors(config),
 };
 
 const DEFAULTS: shared::Defaults =
-    shared::Defaults { rope_theta: 1e4, rms_eps: 1e-6, max_positions: 32768, n_kv_heads: Some(32), head_dim: None };
+    shared::Defaults { max_positions: 32768, n_kv_heads: Some(32), ..shared::Defaults::LLAMA };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     // Published files name a window that this switch leaves unused.

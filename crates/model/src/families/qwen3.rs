@@ -1,7 +1,8 @@
 //! Qwen3 (Qwen team 2025): Llama with each head's queries and keys normed.
 
 use super::keys::Keys;
-use super::{Family, olmoe, shared};
+use super::tensors::Names;
+use super::{Family, shared};
 use crate::{Ffn, ModelConfig, ModelError, QkNorm};
 use serde_json::{Map, Value, json};
 
@@ -11,16 +12,11 @@ pub(super) const FAMILY: Family = Family {
     architecture: "Qwen3ForCausalLM",
     read,
     write,
-    tensors: olmoe::tensors,
+    tensors: |config| Names::LLAMA.tensors(config),
 };
 
-const DEFAULTS: shared::Defaults = shared::Defaults {
-    rope_theta: 1e4,
-    rms_eps: 1e-6,
-    max_positions: 32768,
-    n_kv_heads: Some(32),
-    head_dim: Some(128),
-};
+const DEFAULTS: shared::Defaults =
+    shared::Defaults { max_positions: 32768, n_kv_heads: Some(32), head_dim: Some(128), ..shared::Defaults::LLAMA };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     keys.only("use_sliding_window", json!(false))?;

@@ -4,6 +4,7 @@ use super::architecture::{Architecture, KeyKind, Place, row_of_halves};
 use super::model::head_dim;
 use super::vocabulary::vocabulary_metadata;
 use super::write::{MetadataToWrite, ValueToWrite, Values, WeightToWrite, write_gguf};
+use crate::config::{LayerConfig, RopeScaling};
 use crate::families::{self, TensorMap};
 use crate::{Model, ModelConfig, ModelError};
 use moebius_kernels::formats::Format;
@@ -41,6 +42,18 @@ pub fn write_model(path: &Path, model: &Model, settings: &ExportSettings) -> Res
     if let Some(window) = windows.min().filter(|&window| window < config.max_positions) {
         let message = format!("wanted none for the architecture {}, found {window}", architecture.name);
         return Err(ModelError::config(&file, "sliding_window", message));
+    }
+    let is_scaled = |layer: &LayerConfig| {
+        let rope = layer.mixer.attention().and_then(|attention| attention.rope.as_ref());
+        rope.is_some_and(|rope| rope.scaling != RopeScaling::None)
+    };
+    if config.layers.iter().any(is_scaled) {
+        let message = format!("wanted none for the architecture {}", architecture.name);
+        return Err(ModelError::config(&file, "rope_scaling", message));
+    }
+    if config.layers.iter().any(|layer| layer.mixer.attention().is_some_and(|attention| attention.clip.is_some())) {
+        let message = format!("wanted none for the architecture {}", architecture.name);
+        return Err(ModelError::config(&file, "clip_qkv", message));
     }
     let mut metadata = model_metadata(architecture, config, settings);
     metadata.extend(vocabulary_metadata(settings.tokenizer, config)?);

@@ -316,14 +316,9 @@ impl Block {
         starts: &[usize],
     ) -> Result<Var, ModelError> {
         let head_dim = config.hidden / config.heads;
-        let shape = AttentionShape {
-            n_heads: config.heads,
-            n_kv_heads: config.heads,
-            head_dim,
-            scale: (head_dim as f32).powf(-0.5),
-            window: None,
-            bidirectional: true,
-        };
+        let heads = [config.heads, config.heads, head_dim];
+        let causal = AttentionShape::grouped(heads, (head_dim as f32).powf(-0.5));
+        let shape = AttentionShape { bidirectional: true, ..causal };
         let [q, k, v] = [&self.q, &self.k, &self.v].map(|weight| ops::linear(g, x, weight));
         let attended = ops::attention(g, &q?, &k?, &v?, &shape, starts)?;
         Ok(ops::linear(g, &attended, &self.o)?)

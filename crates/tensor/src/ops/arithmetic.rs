@@ -28,6 +28,37 @@ pub fn scale<'p>(g: &Graph<'p>, x: &Var, factor: f32) -> Var {
     })
 }
 
+/// Each row of x times its number, which has no gradient.
+///
+/// # Shapes
+/// x and result `[rows, cols]`, factors `[rows]`.
+pub fn scale_rows_by<'p>(g: &Graph<'p>, x: &Var, factors: Vec<f32>) -> Result<Var, TensorError> {
+    let [rows, cols] = x.dims()?;
+    assert_eq!(rows, factors.len(), "a factor for each row");
+    let scaled = move |values: &mut [f32], factors: &[f32]| {
+        for (row, factor) in values.chunks_exact_mut(cols.max(1)).zip(factors) {
+            row.iter_mut().for_each(|x| *x *= factor);
+        }
+    };
+    let mut out = Buffer::from_slice(x.data());
+    scaled(&mut out, &factors);
+    let to_x = x.place();
+    Ok(g.record_from(&[x], Tensor::new(x.shape(), out), move |mut dy, back| {
+        scaled(&mut dy, &factors);
+        back.give(to_x, dy);
+    }))
+}
+
+/// x cut to at most `limit` either way; what is cut has no gradient.
+pub fn clamp<'p>(g: &Graph<'p>, x: &Var, limit: f32) -> Var {
+    let out: Buffer<f32> = x.data().iter().map(|x| x.clamp(-limit, limit)).collect();
+    let input = x.clone();
+    g.record_from(&[x], Tensor::new(x.shape(), out), move |mut dy, back| {
+        dy.iter_mut().zip(input.data()).filter(|(_, x)| x.abs() > limit).for_each(|(d, _)| *d = 0.0);
+        back.give(&input, dy);
+    })
+}
+
 /// The sum of numbers (shape `[1]` each), each with its weight, added in the order given.
 pub fn weighted_sum<'p>(g: &Graph<'p>, terms: &[(f32, &Var)]) -> Var {
     let total = terms.iter().fold(0.0, |sum, (weight, x)| sum + weight * x.data()[0]);
@@ -58,6 +89,13 @@ mod tests {
     fn gradients_match_finite_differences() {
         check_gradients(&[random(&[3, 5], 1), random(&[3, 5], 2)], |g, x| {
             add(g, &scale(g, &x[0], 1.5), &add(g, &x[1], &x[0]).unwrap()).unwrap()
+        });
+    }
+
+    #[test]
+    fn gradients_of_factors_and_cuts_match_finite_differences() {
+        check_gradients(&[random(&[3, 5], 1)], |g, x| {
+            clamp(g, &scale_rows_by(g, &x[0], vec![1.0, -2.0, 0.5]).unwrap(), 0.9)
         });
     }
 

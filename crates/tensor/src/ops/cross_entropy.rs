@@ -26,6 +26,20 @@ pub fn linear_cross_entropy<'p>(
     weight: &'p Param,
     targets: &[u32],
 ) -> Result<Var, TensorError> {
+    linear_cross_entropy_biased(g, x, weight, None, targets)
+}
+
+/// As [`linear_cross_entropy`] of x Wᵀ + b.
+///
+/// # Shapes
+/// As [`linear_cross_entropy`]; bias `[vocab]`.
+pub fn linear_cross_entropy_biased<'p>(
+    g: &Graph<'p>,
+    x: &Var,
+    weight: &'p Param,
+    bias: Option<&'p Param>,
+    targets: &[u32],
+) -> Result<Var, TensorError> {
     let [vocab, hidden] = weight.dims()?;
     if g.is_recording() {
         weight.check_trainable()?;
@@ -36,12 +50,16 @@ pub fn linear_cross_entropy<'p>(
     let counted = targets.iter().filter(|&&target| target != IGNORED).count().max(1);
     let mut made = g.is_recording().then(|| (Buffer::scratch(rows * hidden), Buffer::scratch(vocab * hidden)));
     let mut losses = vec![0.0; rows];
+    let mut dbias = bias.map(|_| Buffer::zeroed(vocab));
     for first in (0..rows).step_by(CHUNK) {
         let chunk = first..rows.min(first + CHUNK);
         let x_rows = &x.data()[chunk.start * hidden..chunk.end * hidden];
         let x = Mat::new(x_rows, chunk.len(), hidden);
         let mut logits = Buffer::scratch(chunk.len() * vocab);
         weight.product(precision, x_rows, &mut logits);
+        if let Some(bias) = bias {
+            logits.chunks_exact_mut(vocab).for_each(|row| select::add_assign(row, bias.value().data()));
+        }
         let Some((dx, dw)) = &mut made else {
             loss::cross_entropy_rows(&logits, &targets[chunk.clone()], &mut losses[chunk]);
             continue;
@@ -49,6 +67,9 @@ pub fn linear_cross_entropy<'p>(
         let scale = 1.0 / counted as f32;
         let targets = &targets[chunk.clone()];
         loss::cross_entropy_rows_with_gradient(&mut logits, targets, &mut losses[chunk.clone()], scale);
+        if let Some(dbias) = &mut dbias {
+            logits.chunks_exact(vocab).for_each(|row| select::add_assign(dbias, row));
+        }
         let dlogits = Mat::new(&logits, chunk.len(), vocab);
         let dx = &mut dx[chunk.start * hidden..chunk.end * hidden];
         matmul_packed(dlogits, &weight.packed_backward(precision)[0], dx, Beta::Overwrite);
@@ -65,6 +86,10 @@ pub fn linear_cross_entropy<'p>(
         if dloss[0] != 1.0 {
             select::scale(&mut dx, dloss[0]);
             select::scale(&mut dw, dloss[0]);
+            dbias.iter_mut().for_each(|dbias| select::scale(dbias, dloss[0]));
+        }
+        if let Some((bias, dbias)) = bias.zip(dbias) {
+            back.give_weight(bias, dbias);
         }
         back.give(to_x, dx);
         back.give_weight(weight, dw);
@@ -101,6 +126,14 @@ mod tests {
     fn gradients_match_finite_differences() {
         check_gradients_with_params(&[random(&[5, 4], 1)], &[random(&[7, 4], 2)], |g, x, w| {
             linear_cross_entropy(g, &x[0], &w[0], &[6, 0, IGNORED, 3, 3]).unwrap()
+        });
+    }
+
+    #[test]
+    fn gradients_with_a_bias_match_finite_differences() {
+        let weights = [random(&[7, 4], 2), random(&[7], 3)];
+        check_gradients_with_params(&[random(&[5, 4], 1)], &weights, |g, x, w| {
+            linear_cross_entropy_biased(g, &x[0], &w[0], Some(&w[1]), &[6, 0, IGNORED, 3, 3]).unwrap()
         });
     }
 

@@ -1,7 +1,7 @@
-//! SwiGLU (Shazeer 2020): silu(gate) * up.
+//! Gated non-linearities: SwiGLU (Shazeer 2020) and its relatives.
 
 use crate::{Graph, Tensor, TensorError, Var};
-use moebius_kernels::activation;
+use moebius_kernels::gates::{self, Gate};
 use moebius_kernels::memory::Buffer;
 
 /// silu(gate) * up of rows that hold gate, then up.
@@ -9,14 +9,22 @@ use moebius_kernels::memory::Buffer;
 /// # Shapes
 /// gate_up `[tokens, 2 * width]`, result `[tokens, width]`.
 pub fn swiglu<'p>(g: &Graph<'p>, gate_up: &Var) -> Result<Var, TensorError> {
+    gated(g, gate_up, Gate::Silu)
+}
+
+/// As [`swiglu`] with another gate.
+///
+/// # Shapes
+/// gate_up `[tokens, 2 * width]`, result `[tokens, width]`.
+pub fn gated<'p>(g: &Graph<'p>, gate_up: &Var, gate: Gate) -> Result<Var, TensorError> {
     let [rows, both] = gate_up.dims()?;
     let width = both / 2;
     let mut out = Buffer::scratch(rows * width);
-    activation::swiglu(gate_up.data(), width, &mut out);
+    gates::gated(gate, gate_up.data(), width, &mut out);
     let input = gate_up.clone();
     Ok(g.record_from(&[gate_up], Tensor::new(&[rows, width], out), move |dy, back| {
         let mut dx = Buffer::scratch(rows * both);
-        activation::swiglu_backward(&dy, input.data(), width, &mut dx);
+        gates::gated_backward(gate, &dy, input.data(), width, &mut dx);
         back.give(&input, dx);
     }))
 }

@@ -53,7 +53,7 @@ struct Input {
 enum Reader {
     Text(TextFile),
     Lines(JsonLines),
-    Rows(Rows),
+    Rows(Box<Rows>),
 }
 
 impl Pieces {
@@ -120,7 +120,8 @@ impl Iterator for Pieces {
         let piece = self.next_piece().transpose();
         if matches!(piece, Some(Err(_))) {
             // After an error there is nothing more.
-            (self.files.clear(), self.reading = None);
+            self.files.clear();
+            self.reading = None;
         }
         piece
     }
@@ -131,8 +132,8 @@ impl Reader {
         let extension = input.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
         Ok(match extension.as_deref().unwrap_or_default() {
             "jsonl" | "ndjson" => Self::Lines(JsonLines::open(&input.path, &input.key)?),
-            "parquet" => Self::Rows(Rows::open_parquet(&input.path, &input.key)?),
-            "arrow" | "feather" | "ipc" => Self::Rows(Rows::open_arrow(&input.path, &input.key)?),
+            "parquet" => Self::Rows(Box::new(Rows::open_parquet(&input.path, &input.key)?)),
+            "arrow" | "feather" | "ipc" => Self::Rows(Box::new(Rows::open_arrow(&input.path, &input.key)?)),
             _ => Self::Text(TextFile::open(&input.path)?),
         })
     }
@@ -155,7 +156,8 @@ fn texts_in(folder: &Path) -> Result<Vec<PathBuf>> {
     collect(folder, &mut found)?;
     if found.is_empty() {
         let what = folder.display().to_string();
-        let message = format!("wanted a folder with files of {}, found none", EXTENSIONS.map(|e| format!("*.{e}")).join(" "));
+        let message =
+            format!("wanted a folder with files of {}, found none", EXTENSIONS.map(|e| format!("*.{e}")).join(" "));
         return Err(TrainError::Data { what, message });
     }
     Ok(found)
@@ -259,8 +261,8 @@ impl JsonLines {
 
     fn text_of(&self, line: &[u8]) -> Result<String> {
         let wanted = format!("wanted an object with a text under `{}`", self.key);
-        let value: serde_json::Value = serde_json::from_slice(line)
-            .map_err(|error| self.refuse(format!("{wanted}, found no JSON: {error}")))?;
+        let value: serde_json::Value =
+            serde_json::from_slice(line).map_err(|error| self.refuse(format!("{wanted}, found no JSON: {error}")))?;
         let found = match value {
             serde_json::Value::Object(mut object) => match object.remove(&self.key) {
                 Some(serde_json::Value::String(text)) => return Ok(text),
@@ -299,9 +301,8 @@ mod tests {
 
     fn pieces_of(root: &Path, sources: &[&str]) -> Result<Vec<Piece>> {
         let list = sources.join(", ");
-        let text = format!(
-            "[model]\npreset = 'dense-nano'\n[data]\ntrain = [{list}]\nvalid = ['v']\n[train]\nsteps = 9\n"
-        );
+        let text =
+            format!("[model]\npreset = 'dense-nano'\n[data]\ntrain = [{list}]\nvalid = ['v']\n[train]\nsteps = 9\n");
         let recipe = Recipe::parse("x.toml", root, &text).unwrap();
         Pieces::of(&recipe, &recipe.data.train)?.collect()
     }
@@ -361,7 +362,8 @@ mod tests {
         let found = pieces_of(root.path(), &["'long.txt'"]).unwrap();
         assert!(found.len() > 2, "{} pieces", found.len());
         assert_eq!(found.iter().map(|piece| piece.text.as_str()).collect::<String>(), text);
-        assert!(found.iter().rev().skip(1).all(|piece| !piece.is_last && piece.text.ends_with("Tag\n")));
+        let ends_a_line = |text: &str| text.ends_with("Tag\n") || text.ends_with("eingerückt\n");
+        assert!(found.iter().rev().skip(1).all(|piece| !piece.is_last && ends_a_line(&piece.text)));
         assert!(found.last().unwrap().is_last);
 
         let mut bytes = text.into_bytes();

@@ -1,7 +1,9 @@
-//! From text files to batches: [`text`] → [`tokenizer`] → [`shard`] → [`sampler`]; [`corpus`] ties and caches them.
+//! From files to batches: [`documents`] → [`tokenizer`] → [`shard`] → [`sampler`]; [`corpus`] ties and caches them.
 
 pub mod corpus;
+pub mod documents;
 pub mod sampler;
 pub mod shard;
+mod tables;
 pub mod text;
 pub mod tokenizer;

@@ -1,5 +1,9 @@
 //! The order of training windows: a seeded permutation an epoch, with an exact position that a checkpoint carries.
 //!
+//! Several streams are mixed by weight: the next window is taken from the stream that has the least of what its weight
+//! promises it. After any number of windows no stream is a whole window away from its share, so batches are mixed alike,
+//! and which stream comes next follows from the positions alone.
+//!
 //! Letters: `L` tokens a window. Window `i` covers tokens `i L ..= (i + 1) L`: inputs are the first `L`, targets the last
 //! `L`. Windows do not overlap but for that one token; a tail shorter than a window is left out.
 
@@ -46,6 +50,11 @@ impl WindowSampler {
         self.position
     }
 
+    /// Windows taken in all epochs.
+    fn taken(&self) -> u64 {
+        self.position.epoch * self.order.len() as u64 + self.position.taken as u64
+    }
+
     /// The next window.
     pub fn next_window(&mut self) -> usize {
         if self.position.taken == self.order.len() {
@@ -54,6 +63,49 @@ impl WindowSampler {
         }
         self.position.taken += 1;
         self.order[self.position.taken - 1] as usize
+    }
+}
+
+/// Yields windows of several streams, mixed by weight.
+#[derive(Clone, Debug)]
+pub struct MixedSampler {
+    streams: Vec<WindowSampler>,
+    /// Shares, which sum to one.
+    shares: Vec<f64>,
+}
+
+impl MixedSampler {
+    /// A sampler over streams of so many windows and such weights, that stands at `positions` (all at the start if there
+    /// are none).
+    ///
+    /// # Panics
+    /// Where [`WindowSampler::new`] does; with another number of positions than of streams.
+    pub fn new(seed: u64, streams: &[(usize, f64)], positions: &[Position]) -> Self {
+        assert!(positions.is_empty() || positions.len() == streams.len(), "{} positions", positions.len());
+        let position = |at: usize| positions.get(at).copied().unwrap_or_default();
+        // Streams of the same length must not be shuffled alike.
+        let seed_of = |at: usize| seed.wrapping_add((at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let total: f64 = streams.iter().map(|stream| stream.1).sum();
+        let samplers = streams.iter().enumerate();
+        Self {
+            streams: samplers.map(|(at, stream)| WindowSampler::new(seed_of(at), stream.0, position(at))).collect(),
+            shares: streams.iter().map(|stream| stream.1 / total).collect(),
+        }
+    }
+
+    /// Where it stands, stream by stream.
+    pub fn positions(&self) -> Vec<Position> {
+        self.streams.iter().map(WindowSampler::position).collect()
+    }
+
+    /// The stream and the number of the next window.
+    pub fn next_window(&mut self) -> (usize, usize) {
+        let taken = self.streams.iter().map(WindowSampler::taken).collect::<Vec<_>>();
+        let total = taken.iter().sum::<u64>() + 1;
+        let lacks = |at: usize| self.shares[at] * total as f64 - taken[at] as f64;
+        // The first of equals: `max_by` would give the last.
+        let chosen = (0..taken.len()).rev().max_by(|&a, &b| lacks(a).total_cmp(&lacks(b))).expect("a stream");
+        (chosen, self.streams[chosen].next_window())
     }
 }
 
@@ -105,6 +157,30 @@ mod tests {
                 unbroken.next_window();
             }
         }
+    }
+
+    #[test]
+    fn streams_are_mixed_by_weight() {
+        let streams = [(100, 3.0), (7, 1.0), (5, 4.0)];
+        let mut sampler = MixedSampler::new(3, &streams, &[]);
+        let mut counts = [0.0; 3];
+        for total in 1..=200 {
+            let resumed = MixedSampler::new(3, &streams, &sampler.positions()).next_window();
+            let (stream, window) = sampler.next_window();
+            assert_eq!(resumed, (stream, window), "the positions say everything");
+            assert!(window < streams[stream].0);
+            counts[stream] += 1.0;
+            for (at, count) in counts.iter().enumerate() {
+                assert!((count - f64::from(total) * streams[at].1 / 8.0).abs() < 1.0 + 1e-9, "{counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_stream_is_the_plain_sampler() {
+        let (mut mixed, mut plain) =
+            (MixedSampler::new(5, &[(9, 1.0)], &[]), WindowSampler::new(5, 9, Position::default()));
+        (0..30).for_each(|_| assert_eq!(mixed.next_window(), (0, plain.next_window())));
     }
 
     #[test]

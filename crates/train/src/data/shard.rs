@@ -14,39 +14,102 @@
 //! | 48..56 | zero |
 //! | 56..64 | fingerprint of bytes 0..56 |
 
+use std::fs::File;
+use std::io::{BufWriter, Seek, Write};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use moebius_kernels::memory::MappedFile;
 
 use crate::digest::{Digest, Hasher};
-use crate::{Result, TrainError};
+use crate::{Result, TrainError, files};
 
 const MAGIC: &[u8; 8] = b"MOEBTOKS";
 const VERSION: u32 = 1;
 const HEADER: usize = 64;
 
-/// The bytes of a shard that holds `tokens`.
-///
-/// `source` is the fingerprint of what the tokens were made from: texts, tokenizer, settings.
-pub fn encode_shard(tokens: &[u32], vocab_size: usize, source: Digest) -> Vec<u8> {
-    assert!(tokens.iter().all(|&token| (token as usize) < vocab_size), "a token beyond the vocabulary");
-    let width = if vocab_size <= 1 << 16 { 2_usize } else { 4 };
-    let mut body = Vec::with_capacity(tokens.len() * width);
-    for token in tokens {
-        body.extend_from_slice(&token.to_le_bytes()[..width]);
-    }
-    let mut bytes = Vec::with_capacity(HEADER + body.len());
+/// The header of a shard whose tokens have the fingerprint `body`.
+fn header(width: usize, len: u64, vocab_size: usize, source: Digest, body: Digest) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
     bytes.extend_from_slice(&(width as u32).to_le_bytes());
-    for number in [tokens.len() as u64, vocab_size as u64, source.0, Digest::of(&body).0, 0] {
+    for number in [len, vocab_size as u64, source.0, body.0, 0] {
         bytes.extend_from_slice(&number.to_le_bytes());
     }
     let seal = Digest::of(&bytes).0;
     bytes.extend_from_slice(&seal.to_le_bytes());
-    bytes.append(&mut body);
     bytes
+}
+
+/// Writes a shard as the tokens come; until it is finished, its name does not exist.
+pub struct ShardWriter {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: BufWriter<File>,
+    width: usize,
+    len: u64,
+    vocab_size: usize,
+    source: Digest,
+    body: Hasher,
+}
+
+impl ShardWriter {
+    /// Begins a shard. `source` is the fingerprint of what the tokens are made from: texts, tokenizer, settings.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn create(path: &Path, vocab_size: usize, source: Digest) -> Result<Self> {
+        let temporary = files::unfinished(path);
+        let file = File::create(&temporary).map_err(TrainError::io("create", &temporary))?;
+        let width = if vocab_size <= 1 << 16 { 2 } else { 4 };
+        let mut writer = Self {
+            path: path.to_path_buf(),
+            temporary,
+            file: BufWriter::with_capacity(1 << 20, file),
+            width,
+            len: 0,
+            vocab_size,
+            source,
+            body: Hasher::default(),
+        };
+        writer.write(&[0; HEADER])?;
+        Ok(writer)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(TrainError::io("write", &self.temporary))
+    }
+
+    /// Appends tokens.
+    ///
+    /// # Errors
+    /// The system's.
+    ///
+    /// # Panics
+    /// On a token beyond the vocabulary.
+    pub fn append(&mut self, tokens: &[u32]) -> Result<()> {
+        assert!(tokens.iter().all(|&token| (token as usize) < self.vocab_size), "a token beyond the vocabulary");
+        let mut bytes = Vec::with_capacity(tokens.len() * self.width);
+        tokens.iter().for_each(|token| bytes.extend_from_slice(&token.to_le_bytes()[..self.width]));
+        self.body.write(&bytes);
+        self.len += tokens.len() as u64;
+        self.write(&bytes)
+    }
+
+    /// Writes the header and gives the file its name.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn finish(mut self) -> Result<()> {
+        let header = header(self.width, self.len, self.vocab_size, self.source, self.body.finish());
+        self.file.rewind().map_err(TrainError::io("write", &self.temporary))?;
+        self.write(&header)?;
+        let synced = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
+        synced.map_err(TrainError::io("write", &self.temporary))?;
+        std::fs::rename(&self.temporary, &self.path).map_err(TrainError::io("rename", &self.temporary))?;
+        files::sync_folder(self.path.parent().unwrap_or(Path::new(".")))
+    }
 }
 
 /// A checked shard over any bytes: a [`MappedFile`], or a vector in tests.
@@ -180,6 +243,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// The bytes of a shard that holds `tokens`.
+    fn encode_shard(tokens: &[u32], vocab_size: usize, source: Digest) -> Vec<u8> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.tokens");
+        let mut writer = ShardWriter::create(&path, vocab_size, source).unwrap();
+        tokens.chunks(7).for_each(|part| writer.append(part).unwrap());
+        assert!(!path.exists(), "no name before it is whole");
+        writer.finish().unwrap();
+        std::fs::read(&path).unwrap()
+    }
 
     fn read(bytes: Vec<u8>) -> Result<TokenShard<Vec<u8>>> {
         TokenShard::from_bytes(Path::new("train.tokens"), bytes)

@@ -4,7 +4,9 @@
 
 use std::path::Path;
 
-use crate::{Result, TrainError};
+#[cfg(not(feature = "tables"))]
+use crate::Result;
+use crate::TrainError;
 
 #[cfg(feature = "tables")]
 pub use reading::Rows;
@@ -24,13 +26,19 @@ impl Rows {
     /// # Errors
     /// Always.
     pub fn open_parquet(path: &Path, _: &str) -> Result<Self> {
-        Err(refuse(path, "wanted text or JSON lines, found Parquet, which this binary was built without (feature tables)"))
+        Err(refuse(
+            path,
+            "wanted text or JSON lines, found Parquet, which this binary was built without (feature tables)",
+        ))
     }
 
     /// # Errors
     /// Always.
     pub fn open_arrow(path: &Path, _: &str) -> Result<Self> {
-        Err(refuse(path, "wanted text or JSON lines, found Arrow, which this binary was built without (feature tables)"))
+        Err(refuse(
+            path,
+            "wanted text or JSON lines, found Arrow, which this binary was built without (feature tables)",
+        ))
     }
 
     /// # Errors
@@ -81,7 +89,8 @@ mod reading {
 
     /// Runs a reader that was not made for hostile files: if it panics, that is an error of the file.
     fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
-        catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(refuse(path, "wanted a sound table, found a damaged one")))
+        catch_unwind(AssertUnwindSafe(read))
+            .unwrap_or_else(|_| Err(refuse(path, "wanted a sound table, found a damaged one")))
     }
 
     impl Rows {

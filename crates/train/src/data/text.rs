@@ -1,18 +1,8 @@
-//! Text files, read whole and checked to be UTF-8.
+//! Text as such: whether it is UTF-8, and where it can be cut.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::digest::Hasher;
-use crate::{Recipe, Result, TrainError};
-
-/// One text file: one document.
-#[derive(Clone, Debug)]
-pub struct Document {
-    /// Where it was read.
-    pub path: PathBuf,
-    /// What it says.
-    pub text: String,
-}
+use crate::{Result, TrainError};
 
 /// `bytes` as text.
 ///
@@ -25,51 +15,6 @@ pub fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
     })
 }
 
-/// Reads the texts that one part of `[data]` names: files as they stand, folders by their `*.txt` in the order of names.
-///
-/// # Errors
-/// A path that is not there, a folder without texts, a text that is empty or not UTF-8.
-pub fn read_documents(recipe: &Recipe, paths: &[PathBuf]) -> Result<Vec<Document>> {
-    let mut documents = Vec::new();
-    for path in paths.iter().map(|path| recipe.resolve(path)) {
-        let files = if path.is_dir() { texts_in(&path)? } else { vec![path] };
-        for path in files {
-            let text = utf8(&path, std::fs::read(&path).map_err(TrainError::io("read", &path))?)?;
-            if text.is_empty() {
-                let what = path.display().to_string();
-                return Err(TrainError::Data { what, message: "wanted text, found an empty file".to_owned() });
-            }
-            documents.push(Document { path, text });
-        }
-    }
-    Ok(documents)
-}
-
-/// The `*.txt` files of a folder, sorted by name.
-fn texts_in(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(TrainError::io("read", folder))? {
-        let path = entry.map_err(TrainError::io("read", folder))?.path();
-        if path.extension().is_some_and(|extension| extension == "txt") && path.is_file() {
-            files.push(path);
-        }
-    }
-    files.sort();
-    if files.is_empty() {
-        let what = folder.display().to_string();
-        return Err(TrainError::Data { what, message: "wanted a folder with *.txt files, found none".to_owned() });
-    }
-    Ok(files)
-}
-
-/// Takes the texts, their lengths and their order, but not where they stand, into a fingerprint.
-pub fn write_digest(documents: &[Document], hasher: &mut Hasher) {
-    hasher.write_u64(documents.len() as u64);
-    for document in documents {
-        hasher.write_sized(document.text.as_bytes());
-    }
-}
-
 /// Cuts a long text into pieces that can be tokenised apart with the same outcome as the whole.
 ///
 /// Byte-level BPE splits text by a pattern before it merges; the pattern never reaches over a single line end that
@@ -79,18 +24,25 @@ pub fn pieces(text: &str, wanted: usize) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut start = 0;
     for (at, _) in text.match_indices('\n') {
-        let next = at + 1;
-        if next - start < wanted || next == text.len() {
-            continue;
-        }
-        let blank = |character: Option<char>| character.is_none_or(char::is_whitespace);
-        if !blank(text[..at].chars().next_back()) && !blank(text[next..].chars().next()) {
-            pieces.push(&text[start..next]);
-            start = next;
+        if at + 1 - start >= wanted && is_cut(text, at) {
+            pieces.push(&text[start..=at]);
+            start = at + 1;
         }
     }
     pieces.push(&text[start..]);
     pieces
+}
+
+/// The last place where [`pieces`] may cut a text that goes on: the bytes before it. What stands behind the last line end
+/// must be known.
+pub fn last_cut(text: &str) -> Option<usize> {
+    text.rmatch_indices('\n').find(|&(at, _)| is_cut(text, at)).map(|(at, _)| at + 1)
+}
+
+/// Whether the line end at `at` stands between two characters that are not white space.
+fn is_cut(text: &str, at: usize) -> bool {
+    let blank = |character: Option<char>| character.is_none_or(char::is_whitespace);
+    !blank(text[..at].chars().next_back()) && !blank(text[at + 1..].chars().next())
 }
 
 #[cfg(test)]
@@ -113,5 +65,7 @@ mod tests {
         }
         assert_eq!(pieces(text, 1), ["one\n", "two\n\nthree\n four\n", "five\n"]);
         assert_eq!(pieces("", 1), [""]);
+        assert_eq!(last_cut(text), Some("one\ntwo\n\nthree\n four\n".len()));
+        assert_eq!(last_cut("one\n"), None);
     }
 }

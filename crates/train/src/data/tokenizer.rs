@@ -8,7 +8,7 @@ use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder};
 
-use super::text::{Document, pieces};
+use super::text::pieces;
 use crate::recipe::TokenizerSection;
 use crate::{Result, TrainError};
 
@@ -35,11 +35,11 @@ fn refused(error: tokenizers::Error) -> TrainError {
 }
 
 impl TextTokenizer {
-    /// Learns the merges from `documents`.
+    /// Learns the merges from texts, which are read once and not kept.
     ///
     /// # Errors
     /// Texts too small for the vocabulary asked for.
-    pub fn train(settings: &TokenizerSection, documents: &[Document]) -> Result<Self> {
+    pub fn train(settings: &TokenizerSection, texts: impl Iterator<Item = String> + Send) -> Result<Self> {
         let mut trainer = BpeTrainer::builder()
             .vocab_size(settings.vocab_size)
             .min_frequency(settings.min_frequency)
@@ -56,7 +56,10 @@ impl TextTokenizer {
             .with_decoder(Some(byte_level))
             .build()
             .map_err(refused)?;
-        let texts = documents.iter().flat_map(|document| pieces(&document.text, PIECE_BYTES));
+        let texts = texts.flat_map(|text| {
+            let owned = |piece: &str| piece.to_owned();
+            pieces(&text, PIECE_BYTES).into_iter().map(owned).collect::<Vec<_>>()
+        });
         typed.train(&mut trainer, texts).map_err(refused)?;
         // The builder's concrete types would serialise the same; one JSON round trip gives the dynamic ones.
         let tokenizer = Self::from_json(&typed.to_string(true).map_err(refused)?)?;
@@ -132,6 +135,20 @@ impl TextTokenizer {
         Ok(encodings.iter().flat_map(|encoding| encoding.get_ids().iter().copied()).collect())
     }
 
+    /// The tokens of several texts, each by itself, cut into pieces over the cores.
+    ///
+    /// # Errors
+    /// The `tokenizers` crate's.
+    pub fn encode_all(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
+        let cut = texts.iter().map(|text| pieces(text, PIECE_BYTES)).collect::<Vec<_>>();
+        let encodings = self.inner.encode_batch_fast(cut.concat(), false).map_err(refused)?;
+        let mut encodings = encodings.iter();
+        let mut join = |count: usize| {
+            encodings.by_ref().take(count).flat_map(|encoding| encoding.get_ids().iter().copied()).collect()
+        };
+        Ok(cut.iter().map(|pieces| join(pieces.len())).collect())
+    }
+
     /// The text of some tokens.
     ///
     /// # Errors
@@ -143,18 +160,16 @@ impl TextTokenizer {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
-    fn documents() -> Vec<Document> {
+    fn documents() -> Vec<String> {
         let text =
             "the cat sat on the mat, the dog on the log; then the hen and the men\n  ran: \u{e9}t\u{e9} \u{1f600}\n\n";
-        (0..3).map(|at| Document { path: PathBuf::from("x"), text: text.repeat(20 + at) }).collect()
+        (0..3).map(|at| text.repeat(20 + at)).collect()
     }
 
     fn trained() -> TextTokenizer {
-        TextTokenizer::train(&TokenizerSection { vocab_size: 290, min_frequency: 2 }, &documents()).unwrap()
+        TextTokenizer::train(&TokenizerSection { vocab_size: 290, min_frequency: 2 }, documents().into_iter()).unwrap()
     }
 
     #[test]
@@ -171,6 +186,7 @@ mod tests {
             let ids = tokenizer.encode(text).unwrap();
             assert_eq!(tokenizer.decode(&ids).unwrap(), text);
             assert!(!ids.contains(&END_OF_TEXT_ID), "a text must not spell the separator");
+            assert_eq!(tokenizer.encode_all(&["the", text, ""]).unwrap()[1], ids);
             let bytes = ids.iter().map(|&id| tokenizer.token_bytes()[id as usize] as usize).sum::<usize>();
             assert_eq!(bytes, text.len());
         }
@@ -193,7 +209,8 @@ mod tests {
     #[test]
     fn a_vocabulary_beyond_the_text_is_refused() {
         let settings = TokenizerSection { vocab_size: 5000, min_frequency: 2 };
-        let error = TextTokenizer::train(&settings, &documents()).err().expect("too little text").to_string();
+        let error =
+            TextTokenizer::train(&settings, documents().into_iter()).err().expect("too little text").to_string();
         assert!(error.starts_with("data.train: wanted text enough for tokenizer.vocab_size = 5000, found"), "{error}");
     }
 

@@ -62,7 +62,7 @@ pub(super) fn first_violation(recipe: &Recipe, located: &Located<'_>) -> Option<
     let mut checks = Checks::default();
     model(recipe, located, &mut checks);
     experts(recipe, located, &mut checks);
-    data(recipe, &mut checks);
+    super::data::check(recipe, &mut checks);
     train(recipe, &mut checks);
     super::optimizer::check(recipe, located, &mut checks);
     super::watch::check(recipe, &mut checks);
@@ -147,25 +147,6 @@ fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
     }
     checks.number("balance.load_balancing", recipe.balance.load_balancing, 0.0..=10.0);
     checks.number("balance.z", recipe.balance.z, 0.0..=10.0);
-}
-
-fn data(recipe: &Recipe, checks: &mut Checks) {
-    checks.require(!recipe.data.train.is_empty(), "data.train", "at least one text", "none");
-    checks.require(!recipe.data.valid.is_empty(), "data.valid", "at least one text", "none");
-    let both = recipe.data.valid.iter().find(|path| recipe.data.train.contains(path));
-    if let Some(path) = both {
-        checks.require(false, "data.valid", "texts that are not in data.train", path.display());
-    }
-    for (name, paths) in &recipe.data.eval {
-        let key = format!("data.eval.{name}");
-        let plain = |letter: char| letter.is_ascii_alphanumeric() || letter == '_' || letter == '-';
-        let fits = !name.is_empty() && name.len() <= 64 && name.chars().all(plain);
-        checks.require(fits, &key, "a name of letters, digits, _ and -", name);
-        checks.require(!paths.is_empty(), &key, "at least one text", "none");
-        if let Some(path) = paths.iter().find(|path| recipe.data.train.contains(path)) {
-            checks.require(false, &key, "texts that are not in data.train", path.display());
-        }
-    }
 }
 
 fn train(recipe: &Recipe, checks: &mut Checks) {

@@ -5,6 +5,7 @@
 //! Paths in a recipe are relative to the recipe's own folder, so that a run does not depend on where it is started.
 
 mod check;
+mod data;
 mod depths;
 pub(crate) mod locate;
 mod optimizer;
@@ -12,13 +13,13 @@ pub mod presets;
 mod router;
 mod watch;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use moebius_kernels::gemm::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::{Result, TrainError};
+pub use data::{DataSection, Documents, Source};
 use locate::Located;
 pub use optimizer::{Group, Groups, OptimizerKind, OptimizerSection, ScheduleKind};
 pub use watch::{SampleSection, SpikeAction, SpikeSection};
@@ -129,19 +130,6 @@ pub struct TokenizerSection {
     pub min_frequency: u64,
 }
 
-/// `[data]`: text files, or folders whose `*.txt` files are taken in the order of their names. One file, one document.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DataSection {
-    /// Texts to learn from.
-    pub train: Vec<PathBuf>,
-    /// Texts held back for validation: what is best and when to stop is decided by them.
-    pub valid: Vec<PathBuf>,
-    /// `[data.eval]`: further held-back texts by name; each validation gives their losses apart.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub eval: BTreeMap<String, Vec<PathBuf>>,
-}
-
 /// `[train]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -182,6 +170,9 @@ pub struct TrainSection {
     /// The run ends after so many validations in a row without a new lowest loss; absent: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patience: Option<u64>,
+    /// Whether TensorBoard's event files are written.
+    #[serde(default = "yes")]
+    pub tensorboard: bool,
     /// Number of checkpoints kept.
     #[serde(default = "two_checkpoints")]
     pub keep: usize,
@@ -256,6 +247,9 @@ impl Default for TokenizerSection {
     }
 }
 
+fn yes() -> bool {
+    true
+}
 fn one() -> usize {
     1
 }
@@ -288,7 +282,7 @@ fn is_default<T: Default + PartialEq>(section: &T) -> bool {
 
 /// Keys that may change between a run and its resumption: how long, how often, what is kept. A longer or shorter run
 /// stretches the cosine schedule from the resumed step on; every other key would make it another run.
-const FREE_KEYS: [&str; 8] = [
+const FREE_KEYS: [&str; 9] = [
     "model.preset",
     "train.steps",
     "train.validate_every",
@@ -297,6 +291,7 @@ const FREE_KEYS: [&str; 8] = [
     "train.export",
     "train.export_dtype",
     "train.patience",
+    "train.tensorboard",
 ];
 
 impl Recipe {
@@ -336,6 +331,15 @@ impl Recipe {
         self.folder.join(path)
     }
 
+    /// The same recipe with another seed; its text says so in its first line.
+    #[must_use]
+    pub fn with_seed(&self, seed: u64) -> Self {
+        let mut recipe = self.clone();
+        recipe.train.seed = seed;
+        recipe.text = format!("# train.seed = {seed}, whatever stands below\n{}", self.text);
+        recipe
+    }
+
     /// Tokens that one optimiser step sees.
     pub fn tokens_per_step(&self) -> usize {
         self.train.sequence_length * self.train.sequences * self.train.accumulation
@@ -361,7 +365,7 @@ pub(crate) fn first_difference<R: Serialize>(mine: &R, theirs: &R, free: &[&str]
 }
 
 /// Every key with its value as JSON writes it, defaults included.
-fn flatten(recipe: &impl Serialize) -> std::collections::BTreeMap<String, String> {
+pub(crate) fn flatten(recipe: &impl Serialize) -> std::collections::BTreeMap<String, String> {
     let json = serde_json::to_value(recipe).expect("a recipe is plain data");
     let sections = json.as_object().into_iter().flatten();
     let pairs = sections.flat_map(|(section, keys)| {

@@ -80,7 +80,11 @@ fn bad_recipes_name_line_and_key() {
             "28: optimizer.learning_rate: wanted a number, found boolean `true`",
         ),
         ("train = ['a.txt']", "train = 'a.txt'", "15: data.train: wanted a list, found string \"a.txt\""),
-        ("train = ['a.txt']", "train = ['a.txt',\n 7]", "16: data.train: wanted path string, found integer `7`"),
+        (
+            "train = ['a.txt']",
+            "train = ['a.txt',\n 7]",
+            "16: data.train: wanted a path or a table with a path, found integer `7`",
+        ),
         ("seed = 1", "seed = 1\nprecision = 'f16'", "20: train.precision: wanted `f32` or `bf16`, found `f16`"),
         ("[balance]\nload_balancing = 0.01", "balance = 3", "optimizer.balance: unknown key"),
         // Ranges.
@@ -176,6 +180,28 @@ fn bad_recipes_name_line_and_key() {
             "19: data.eval.prose: wanted texts that are not in data.train",
         ),
         ("[train]", "[data.eval]\n'a/b' = ['c.txt']\n[train]", "19: data.eval.a/b: wanted a name of letters, digits"),
+        (
+            "['a.txt']",
+            "[{ path = 'a', weight = 1 }, 'b']",
+            "15: data.train: wanted a weight of every source or of none",
+        ),
+        (
+            "['a.txt']",
+            "[{ path = 'a', weight = 0 }]",
+            "15: data.train: wanted weights of 0.000001 to 1000000, found 0 of a",
+        ),
+        (
+            "['a.txt']",
+            "[{ path = 'a', wight = 1 }]",
+            "15: data.train: unknown key; wanted one of `path`, `key`, `weight`",
+        ),
+        ("['a.txt']", "[{ key = 'a' }]", "missing"),
+        (
+            "['b.txt']",
+            "[{ path = 'b', weight = 1 }]",
+            "16: data.valid: wanted no weights: all of it is looked at, found",
+        ),
+        ("['b.txt']", "['b.txt']\ndocuments = 'cut'", "17: data.documents: wanted `joined` or `apart`, found `cut`"),
         ("seed = 1", "average = 1", "19: train.average: wanted 0 to 0.999999, found 1"),
         ("seed = 1", "export = 'average'", "19: train.export: wanted \"average\" only with train.average, found none"),
         // Not TOML.
@@ -245,7 +271,9 @@ fn presets_fill_the_gaps() {
 /// What a checkpoint stores is the recipe, to the last digit.
 #[test]
 fn json_and_back() {
-    let mut recipe = parse(GOOD).unwrap();
+    let sources = "['a.txt', { path = 'c.jsonl', key = 'story' }]\ndocuments = 'apart'";
+    let mut recipe = parse(&GOOD.replacen("['a.txt']", sources, 1)).unwrap();
+    assert_eq!((recipe.data.train[0].key(), recipe.data.train[1].key()), ("text", "story"));
     recipe.optimizer.learning_rate = 0.1 + 0.2;
     let mut back: Recipe = serde_json::from_str(&serde_json::to_string(&recipe).unwrap()).unwrap();
     (back.folder, back.text) = (recipe.folder.clone(), recipe.text.clone());

@@ -20,8 +20,8 @@ use moebius_model::Model;
 use moebius_tensor::{Gradients, Param};
 
 use crate::checkpoint::{self, Best, Learner, TrainState};
-use crate::data::corpus::{Corpus, windows};
-use crate::data::sampler::WindowSampler;
+use crate::data::corpus::Corpus;
+use crate::data::sampler::MixedSampler;
 use crate::learn::{self, LoadCounts, Losses};
 use crate::metrics::{MetricsLog, Record, StepRecord};
 use crate::optimizer::{Optimizer, StepSettings, clip_factor};
@@ -29,7 +29,8 @@ use crate::progress::{Event, Progress, RunFacts};
 use crate::run_folder::RunFolder;
 use crate::samples::SampleWriter;
 use crate::schedule::Schedule;
-use crate::{Recipe, Result, TrainError, collapse, plot, spikes};
+use crate::tensorboard::EventFile;
+use crate::{Recipe, Result, TrainError, collapse, plot, report, spikes};
 
 /// A run that is ready to take steps.
 pub struct Trainer {
@@ -38,12 +39,14 @@ pub struct Trainer {
     corpus: Corpus,
     schedule: Schedule,
     learner: Learner,
-    sampler: WindowSampler,
+    sampler: MixedSampler,
     state: TrainState,
     gradients: Gradients,
     /// The gradient of one micro-batch after the first.
     addend: Gradients,
     log: MetricsLog,
+    /// The same records for TensorBoard.
+    events: Option<EventFile>,
     samples: Option<Box<dyn SampleWriter>>,
 }
 
@@ -131,7 +134,7 @@ impl Trainer {
         let record = self.apply(&computed);
         progress.event(&Event::Step(&record));
         self.judge_loads(&record, progress)?;
-        self.log.append(&Record::Step(record))?;
+        self.record(Record::Step(record))?;
         Ok(true)
     }
 
@@ -179,7 +182,7 @@ impl Trainer {
         }
         self.state.step = step;
         self.state.tokens += self.recipe.tokens_per_step() as u64;
-        self.state.positions = vec![self.sampler.position()];
+        self.state.positions = self.sampler.positions();
         let losses = &computed.losses;
         spikes::remember(&mut self.state.watch.losses, losses.cross_entropy, self.recipe.spikes.window);
         let load = computed.load.statistics();
@@ -207,7 +210,7 @@ impl Trainer {
         self.gradients.clear();
         for micro_batch in 0..train.accumulation {
             let numbers = (0..train.sequences).map(|_| self.sampler.next_window()).collect::<Vec<_>>();
-            let batch = windows(&self.corpus.train, train.sequence_length, numbers);
+            let batch = self.corpus.train_windows(train.sequence_length, &numbers);
             let target = if micro_batch == 0 { &mut self.gradients } else { &mut self.addend };
             target.clear();
             // Each micro-batch of a run has its own, the same again after a resumption.
@@ -222,6 +225,30 @@ impl Trainer {
         Ok(mean)
     }
 
+    /// Writes a record down.
+    fn record(&mut self, record: Record) -> Result<()> {
+        self.log.append(&record)?;
+        match &mut self.events {
+            Some(events) => events.append(&record),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens the log at the step and the rollbacks that `self.state` has, and writes TensorBoard's file anew.
+    fn open_log(&mut self) -> Result<()> {
+        self.log = MetricsLog::open(&self.folder.metrics(), self.state.step, self.state.watch.rollbacks)?;
+        self.open_events()
+    }
+
+    fn open_events(&mut self) -> Result<()> {
+        if self.recipe.train.tensorboard {
+            let records = MetricsLog::read(&self.folder.metrics())?;
+            let events = EventFile::create(&self.folder.tensorboard(), &records, self.recipe.tokens_per_step())?;
+            self.events = Some(events);
+        }
+        Ok(())
+    }
+
     /// Every so many steps, names the layers whose experts have collapsed.
     fn judge_loads(&mut self, record: &StepRecord, progress: &mut dyn Progress) -> Result<()> {
         if !record.step.is_multiple_of(collapse::WINDOW) {
@@ -230,12 +257,12 @@ impl Trainer {
         let loads = std::mem::take(&mut self.state.watch.loads);
         for found in collapse::find(&loads, record.step, &self.recipe) {
             progress.event(&Event::Collapse(&found));
-            self.log.append(&Record::Collapse(found))?;
+            self.record(Record::Collapse(found))?;
         }
         Ok(())
     }
 
-    /// Writes a checkpoint and the plot, and deletes what is no longer wanted.
+    /// Writes a checkpoint, the plot and the page, and deletes what is no longer wanted.
     ///
     /// # Errors
     /// The system's; the checkpoints before stay as they were.
@@ -250,13 +277,15 @@ impl Trainer {
         self.plot()
     }
 
-    /// Draws `plot.svg` from the log.
+    /// Draws `plot.svg` and writes `report.html` from the log.
     ///
     /// # Errors
     /// The system's.
     pub fn plot(&self) -> Result<()> {
         let name = self.folder.root().file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        plot::write_plot(&self.folder.plot(), &name, &MetricsLog::read(&self.folder.metrics())?)
+        let records = MetricsLog::read(&self.folder.metrics())?;
+        plot::write_plot(&self.folder.plot(), &name, &records)?;
+        report::write_report(&self.folder.report(), &name, &self.recipe, &self.facts(), &records)
     }
 
     fn facts(&self) -> RunFacts {

@@ -8,7 +8,7 @@ use moebius_tensor::Gradients;
 use super::Trainer;
 use crate::checkpoint::{self, Learner, TrainState};
 use crate::data::corpus::Corpus;
-use crate::data::sampler::{WindowSampler, count_windows};
+use crate::data::sampler::{MixedSampler, count_windows};
 use crate::metrics::MetricsLog;
 use crate::progress::{Event, Progress};
 use crate::run_folder::{RunFolder, Start};
@@ -95,14 +95,19 @@ impl Trainer {
         learner: Learner,
         state: TrainState,
     ) -> Result<Self> {
-        let count = count_windows(corpus.train.len(), recipe.train.sequence_length);
+        let length = recipe.train.sequence_length;
+        let weights = recipe.data.train.iter().map(|source| source.weight.unwrap_or(1.0));
+        let streams =
+            corpus.train.iter().zip(weights).map(|(shard, weight)| (count_windows(shard.len(), length), weight));
+        let sampler = MixedSampler::new(recipe.train.seed, &streams.collect::<Vec<_>>(), &state.positions);
         files::write_whole(&folder.recipe(), recipe.text().as_bytes())?;
-        let position = state.positions.first().copied().unwrap_or_default();
-        let sampler = WindowSampler::new(recipe.train.seed, count, position);
         let log = MetricsLog::open(&folder.metrics(), state.step, state.watch.rollbacks)?;
         let schedule = Schedule::of(&recipe);
         let (gradients, addend) = (Gradients::new(), Gradients::new());
-        let samples = None;
-        Ok(Self { recipe, folder, corpus, schedule, learner, sampler, state, gradients, addend, log, samples })
+        let (events, samples) = (None, None);
+        let mut trainer =
+            Self { recipe, folder, corpus, schedule, learner, sampler, state, gradients, addend, log, events, samples };
+        trainer.open_events()?;
+        Ok(trainer)
     }
 }

@@ -7,7 +7,7 @@
 
 use super::{Computed, Trainer};
 use crate::checkpoint;
-use crate::metrics::{MetricsLog, Record};
+use crate::metrics::Record;
 use crate::progress::{Event, Progress};
 use crate::recipe::SpikeAction;
 use crate::spikes::{self, SpikeRecord};
@@ -40,7 +40,7 @@ impl Trainer {
         if settings.action == SpikeAction::Log {
             self.check_finite(computed)?;
             progress.event(&Event::Spike(&spike));
-            self.log.append(&Record::Spike(spike))?;
+            self.record(Record::Spike(spike))?;
             return Ok(true);
         }
         let rollbacks = self.state.watch.rollbacks;
@@ -59,13 +59,13 @@ impl Trainer {
         let config = learn::model_config(&self.recipe, self.corpus.tokenizer.vocab_size());
         self.learner = checkpoint::load(&latest, &config, &self.recipe)?;
         state.recipe = self.recipe.clone();
-        state.positions = vec![self.sampler.position()];
-        let rollbacks = self.state.watch.rollbacks;
-        state.watch.rollbacks = rollbacks + 1;
+        state.positions = self.sampler.positions();
+        state.watch.rollbacks = self.state.watch.rollbacks + 1;
         self.state = state;
         let spike = SpikeRecord { back_to: Some(self.state.step), ..spike };
         progress.event(&Event::Spike(&spike));
-        self.log = MetricsLog::open(&self.folder.metrics(), self.state.step, rollbacks)?;
-        self.log.append(&Record::Spike(spike))
+        // Up to this rollback, which the log does not have yet.
+        self.open_log()?;
+        self.record(Record::Spike(spike))
     }
 }

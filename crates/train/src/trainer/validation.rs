@@ -29,7 +29,7 @@ impl Trainer {
         let (loss, averaged) = record.lowest();
         let is_best = self.state.best.is_none_or(|best| loss < best.loss);
         progress.event(&Event::Validation { record: &record, best: is_best });
-        self.log.append(&Record::Validation(record.clone()))?;
+        self.record(Record::Validation(record.clone()))?;
         if is_best {
             match averaged {
                 true => self.averaged(|trainer| trainer.save_best())?,
@@ -53,7 +53,7 @@ impl Trainer {
             precision: train.precision.into(),
         };
         let tokens = name.map_or(&self.corpus.valid, |name| &self.corpus.eval[name]);
-        evaluate(&self.learner.model, tokens, self.corpus.tokenizer.token_bytes(), &what, load)
+        evaluate(&self.learner.model, &self.corpus, tokens, &what, load)
     }
 
     /// Does something with the average of the weights in the place of the weights.
@@ -83,13 +83,16 @@ impl Trainer {
         if !self.state.step.is_multiple_of(settings.every) {
             return Ok(());
         }
+        let mut written = Vec::new();
         for prompt in &settings.prompts {
             let text = writer
                 .write(&self.learner.model, &self.corpus.tokenizer, prompt, settings)
                 .map_err(|message| TrainError::Sample { prompt: prompt.clone(), message })?;
-            let record = SampleRecord { step: self.state.step, prompt: prompt.clone(), text };
-            progress.event(&Event::Sample(&record));
-            self.log.append(&Record::Sample(record))?;
+            written.push(SampleRecord { step: self.state.step, prompt: prompt.clone(), text });
+        }
+        for sample in written {
+            progress.event(&Event::Sample(&sample));
+            self.record(Record::Sample(sample))?;
         }
         Ok(())
     }

@@ -53,7 +53,7 @@ fn next_token_loss(logits: &[f32], case: &Case) -> f32 {
 fn routing(golden: &Golden, case: &Case, found: &Record, report: &mut Report) -> anyhow::Result<()> {
     let (mut logits, mut experts, mut weights) = (Worst::default(), Worst::default(), Worst::default());
     for layer in &found.routing {
-        let name = |quantity: &str| format!("{}.{quantity}.{}", case.name, layer.layer);
+        let name = |quantity: &str| format!("{}.{quantity}.{}", case.name, layer.place);
         logits.compare_known(&name("router_logits"), golden.floats(&name("router_logits"))?.as_deref(), &layer.logits);
         let Some(wanted_experts) = golden.integers(&name("topk_index"))? else { continue };
         let wanted_weights = golden.floats(&name("topk_weight"))?;

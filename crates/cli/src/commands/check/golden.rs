@@ -33,8 +33,8 @@ impl Case {
 /// `aux.json`: the load-balancing loss over case `a`.
 #[derive(serde::Deserialize)]
 pub struct BalanceLoss {
-    /// The loss before its coefficient.
-    pub aux_loss: f32,
+    /// The loss before its coefficient; nothing where the reference has none.
+    pub aux_loss: Option<f32>,
 }
 
 impl Golden {
@@ -63,6 +63,14 @@ impl Golden {
             Ok(Case { name, sequences })
         };
         names.into_iter().map(case).collect()
+    }
+
+    /// Rows of tokens.
+    ///
+    /// # Errors
+    /// That they are missing, or none of the model's.
+    pub fn token_rows(&self, name: &str, vocabulary: usize) -> anyhow::Result<Vec<Vec<u32>>> {
+        read_tokens(&self.expected, name, vocabulary)
     }
 
     /// An expected quantity, if the folder has it.

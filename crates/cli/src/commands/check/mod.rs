@@ -5,6 +5,7 @@
 //! Everything is computed in f32; the order of experts inside a row means nothing.
 
 mod backward;
+mod encoder_decoder;
 mod forward;
 mod golden;
 mod report;
@@ -13,8 +14,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use moebius_model::Model;
 use moebius_model::families::read_config;
+use moebius_model::{EncoderDecoder, Model};
 
 use crate::arguments::CheckArguments;
 use crate::models::Source;
@@ -50,6 +51,9 @@ pub fn execute(arguments: &CheckArguments) -> anyhow::Result<ExitCode> {
 }
 
 fn check(folder: &Path, tolerance: f64) -> anyhow::Result<Report> {
+    if EncoderDecoder::is_in(folder) {
+        return encoder_decoder::check(folder, tolerance);
+    }
     let model = Source::new(Some(folder)).model()?;
     let golden = Golden::open(folder)?;
     let mut report = Report::new(tolerance);
