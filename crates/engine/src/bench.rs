@@ -290,7 +290,7 @@ mod tests {
     fn every_kind_of_work_is_measured_and_counted() {
         let options = BenchOptions { prefill: 20, decode: 5, batch: 3, rounds: 2, prefill_chunk: 8, seed: 1 };
         let (model, mut lines) = (model(), Vec::new());
-        let found = measure(&model, Precision::Bf16, &options, &mut |line| lines.push(line.to_string())).unwrap();
+        let found = measure(&model, Precision::Bf16.into(), &options, &mut |line| lines.push(line.to_string())).unwrap();
         assert_eq!((found.prefill.tokens, found.prefill.passes), (20, 3));
         assert_eq!((found.decode.tokens, found.decode.passes), (5, 5));
         let batched = found.batched_decode.unwrap();
@@ -312,7 +312,7 @@ mod tests {
     #[test]
     fn what_cannot_be_measured_is_an_error() {
         let model = model();
-        let fails = |options: BenchOptions| measure(&model, Precision::F32, &options, &mut |_| ()).unwrap_err();
+        let fails = |options: BenchOptions| measure(&model, Precision::F32.into(), &options, &mut |_| ()).unwrap_err();
         let message = fails(BenchOptions { prefill: 60, decode: 5, ..BenchOptions::default() }).to_string();
         assert!(message.contains("66") && message.contains("64"), "{message}");
         fails(BenchOptions { prefill: 0, ..BenchOptions::default() });
