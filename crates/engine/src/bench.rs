@@ -290,7 +290,8 @@ mod tests {
     fn every_kind_of_work_is_measured_and_counted() {
         let options = BenchOptions { prefill: 20, decode: 5, batch: 3, rounds: 2, prefill_chunk: 8, seed: 1 };
         let (model, mut lines) = (model(), Vec::new());
-        let found = measure(&model, Precision::Bf16.into(), &options, &mut |line| lines.push(line.to_string())).unwrap();
+        let found =
+            measure(&model, Precision::Bf16.into(), &options, &mut |line| lines.push(line.to_string())).unwrap();
         assert_eq!((found.prefill.tokens, found.prefill.passes), (20, 3));
         assert_eq!((found.decode.tokens, found.decode.passes), (5, 5));
         let batched = found.batched_decode.unwrap();
