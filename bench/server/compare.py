@@ -110,7 +110,8 @@ def main():
     parser.add_argument("--logs", default="/tmp")
     options = parser.parse_args()
     ports = {"moebius": 8711, "llama.cpp": 8712}
-    context = options.parallel * (options.prompt + options.answer + 64)
+    # Room for each sequence, the made-up prompts' trial included.
+    context = options.parallel * max(1024, options.prompt + options.answer + 64)
     commands = {
         "moebius": [options.moebius, "--threads", str(options.threads), "serve", "--model", options.gguf, "--port", "8711", "--cache-memory", options.cache, "--max-time", "3600", "--log", "warn"],
         "llama.cpp": [options.llama_server, "-m", options.gguf, "--port", "8712", "-t", str(options.threads), "-tb", str(options.threads), "-np", str(options.parallel), "-c", str(context), "--no-webui"],

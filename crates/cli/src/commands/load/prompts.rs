@@ -63,7 +63,8 @@ impl Prompts {
         if arguments.shared_prefix > wanted {
             bail!("--shared-prefix {}: wanted at most the prompt's {wanted} tokens", arguments.shared_prefix);
         }
-        let (few, many) = (wanted.div_ceil(8), wanted.div_ceil(2));
+        // A word may be many tokens: the longer of the two must still fit where the wanted prompt does.
+        let (few, many) = (wanted.div_ceil(32), wanted.div_ceil(8));
         let mut counts = [0.0; 2];
         for (count, words) in counts.iter_mut().zip([few, many]) {
             let mut body = self.body(made_up(!arguments.seed, 0, words));
