@@ -1,7 +1,7 @@
 //! Which experts each layer chose, collected while the model runs.
 
 use moebius_model::Observer;
-use moebius_moe::Routing;
+use moebius_moe::{NO_EXPERT, Routing};
 
 /// One layer's choice for one token, heaviest expert first.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,11 +42,10 @@ impl ExpertTrace {
     pub fn of_row(&self, row: usize) -> Vec<LayerChoice> {
         let choice = |table: &LayerTable| {
             let slots = row * table.top_k..(row + 1) * table.top_k;
-            LayerChoice {
-                layer: table.layer,
-                experts: table.experts[slots.clone()].to_vec(),
-                weights: table.weights[slots].to_vec(),
-            }
+            // Some methods give tokens different numbers of experts.
+            let pairs = table.experts[slots.clone()].iter().zip(&table.weights[slots]);
+            let (experts, weights) = pairs.filter(|(expert, _)| **expert != NO_EXPERT).unzip();
+            LayerChoice { layer: table.layer, experts, weights }
         };
         self.layers.iter().map(choice).collect()
     }

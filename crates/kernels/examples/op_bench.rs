@@ -278,7 +278,14 @@ fn attention_pairs(length: usize) -> usize {
 
 fn attentions(bench: &mut Bench, names: [&'static str; 2], heads: [usize; 3], length: usize, tokens: usize) {
     let [n_heads, n_kv_heads, head_dim] = heads;
-    let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), window: None };
+    let shape = AttentionShape {
+        n_heads,
+        n_kv_heads,
+        head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        window: None,
+        bidirectional: false,
+    };
     let starts: Vec<usize> = (0..=tokens / length).map(|i| i * length).collect();
     let (n, m) = (tokens * shape.query_width(), tokens * shape.key_width());
     let (q, k, v, dout) = (numbers(1, n), numbers(2, m), numbers(3, m), numbers(4, n));
@@ -303,7 +310,8 @@ fn attentions(bench: &mut Bench, names: [&'static str; 2], heads: [usize; 3], le
 }
 
 fn decoding(bench: &mut Bench) {
-    let shape = AttentionShape { n_heads: 32, n_kv_heads: 8, head_dim: 128, scale: 0.1, window: None };
+    let shape =
+        AttentionShape { n_heads: 32, n_kv_heads: 8, head_dim: 128, scale: 0.1, window: None, bidirectional: false };
     let positions = 2048;
     let n = positions * shape.key_width();
     let (q, keys, values) = (numbers(1, shape.query_width()), numbers(2, n), numbers(3, n));

@@ -117,6 +117,7 @@ fn shape(config: &AttentionConfig) -> AttentionShape {
         head_dim: config.head_dim,
         scale: config.scale as f32,
         window: config.reach.window(),
+        bidirectional: false,
     }
 }
 

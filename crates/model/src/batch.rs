@@ -34,6 +34,16 @@ impl Batch {
         batch
     }
 
+    /// Some of its tokens, rising, in the same sequences and at their own positions.
+    pub(crate) fn select(&self, tokens: &[usize]) -> Self {
+        let before = |row: usize| tokens.partition_point(|&token| token < row);
+        Self {
+            tokens: tokens.iter().map(|&token| self.tokens[token]).collect(),
+            starts: self.starts.iter().map(|&start| before(start)).collect(),
+            positions: tokens.iter().map(|&token| self.positions[token]).collect(),
+        }
+    }
+
     /// One more than the last position of any token.
     pub(crate) fn end_position(&self) -> usize {
         self.positions.iter().max().map_or(0, |&last| last as usize + 1)

@@ -1,7 +1,7 @@
 //! [`KvCache`]: what a model remembers of what a sequence has read, layer by layer.
 
 use crate::ModelConfig;
-use crate::config::{AttentionConfig, Mixer};
+use crate::config::{AttentionConfig, LayerConfig, Mixer};
 use moebius_kernels::attention::{CacheFormat, LayerCache};
 use moebius_kernels::gemm::Precision;
 
@@ -16,9 +16,37 @@ pub struct KvCache {
 pub(crate) enum LayerState {
     /// Keys and values of every position.
     KeysValues(LayerCache),
+    /// Keys and values of the tokens that went through the layer, and none of those that went around it.
+    Selected(SelectedKeys),
+}
+
+/// What a layer with a router around it holds.
+#[derive(Clone, Debug)]
+pub(crate) struct SelectedKeys {
+    cache: LayerCache,
+    /// Of each token in the cache, rising.
+    positions: Vec<u32>,
+    /// Positions read, with those that went around.
+    read: usize,
 }
 
 impl LayerState {
+    /// The state of a layer that tokens may go around.
+    fn selecting(mixer: &Mixer, format: CacheFormat) -> Self {
+        match Self::new(mixer, format) {
+            Self::KeysValues(cache) => Self::Selected(SelectedKeys { cache, positions: Vec::new(), read: 0 }),
+            other => other,
+        }
+    }
+
+    /// Notes that `rows` more positions were read, of which those at `positions` went through.
+    pub(crate) fn note(&mut self, positions: &[u32], rows: usize) {
+        if let Self::Selected(selected) = self {
+            selected.positions.extend_from_slice(positions);
+            selected.read += rows;
+        }
+    }
+
     fn new(mixer: &Mixer, format: CacheFormat) -> Self {
         match mixer {
             Mixer::Attention(AttentionConfig { n_kv_heads, head_dim, .. }) => {
@@ -31,19 +59,26 @@ impl LayerState {
     fn len(&self) -> usize {
         match self {
             Self::KeysValues(cache) => cache.len(),
+            Self::Selected(selected) => selected.read,
         }
     }
 
     /// The fewest positions that it can go back to, from where it is.
     fn earliest(&self) -> usize {
         match self {
-            Self::KeysValues(_) => 0,
+            Self::KeysValues(_) | Self::Selected(_) => 0,
         }
     }
 
     fn truncate(&mut self, positions: usize) {
         match self {
             Self::KeysValues(cache) => cache.truncate(positions),
+            Self::Selected(selected) => {
+                let kept = selected.positions.partition_point(|&position| (position as usize) < positions);
+                selected.cache.truncate(kept);
+                selected.positions.truncate(kept);
+                selected.read = selected.read.min(positions);
+            }
         }
     }
 
@@ -54,6 +89,7 @@ impl LayerState {
     pub(crate) fn keys_values(&mut self) -> &mut LayerCache {
         match self {
             Self::KeysValues(cache) => cache,
+            Self::Selected(selected) => &mut selected.cache,
         }
     }
 }
@@ -61,7 +97,11 @@ impl LayerState {
 impl KvCache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig, format: CacheFormat) -> Self {
-        Self { layers: config.layers.iter().map(|layer| LayerState::new(&layer.mixer, format)).collect() }
+        let state = |(index, layer): (usize, &LayerConfig)| match &config.depths {
+            Some(depths) if depths.applies(index) => LayerState::selecting(&layer.mixer, format),
+            _ => LayerState::new(&layer.mixer, format),
+        };
+        Self { layers: config.layers.iter().enumerate().map(state).collect() }
     }
 
     /// What goes with products in a precision: keys and values are held as exactly as they are made.

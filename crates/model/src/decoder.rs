@@ -40,7 +40,7 @@ impl Model {
     pub fn new(config: &ModelConfig, seed: u64) -> Result<Self, ModelError> {
         let mut rng = Rng::new(seed);
         let residual = INITIAL_DEVIATION / (2.0 * config.n_layers() as f32).sqrt();
-        Self::build(config, &mut |id, name, shape| {
+        let mut model = Self::build(config, &mut |id, name, shape| {
             let mut value = Tensor::zeros(shape);
             match name.rsplit('.').next() {
                 Some(name) if name.ends_with("norm") => value.data_mut().fill(1.0),
@@ -49,7 +49,22 @@ impl Model {
                 _ => rng.fill_normal(value.data_mut(), INITIAL_DEVIATION),
             }
             Ok(Param::new(id, name, value))
-        })
+        })?;
+        model.initialise_routers(&mut rng);
+        Ok(model)
+    }
+
+    /// The weights of routing methods whose papers say how they begin.
+    fn initialise_routers(&mut self, rng: &mut Rng) {
+        for method in self.layers.iter_mut().filter_map(Layer::method_mut) {
+            let deviations: Vec<Option<f32>> =
+                method.params().into_iter().map(|param| method.initial_deviation(param)).collect();
+            for (param, deviation) in method.params_mut().into_iter().zip(deviations) {
+                if let Some(deviation) = deviation {
+                    param.update(|weights| rng.fill_truncated_normal(weights, deviation));
+                }
+            }
+        }
     }
 
     /// Reads a checkpoint's weights.
@@ -72,7 +87,7 @@ impl Model {
         let embedding = weights.get("embedding", &[vocab, hidden])?;
         let layers = config.layers.iter().enumerate();
         let layers = layers.map(|(index, layer)| {
-            weights.within(&format!("layers.{index}."), |weights| Layer::build(config, layer, weights))
+            weights.within(&format!("layers.{index}."), |weights| Layer::build(config, index, layer, weights))
         });
         let layers = layers.collect::<Result<Vec<Layer>, ModelError>>()?;
         let final_norm = StreamNorm::build(config.norm, "final_norm", hidden, &mut weights)?;
@@ -105,6 +120,21 @@ impl Model {
             .map(|moe| (moe.n_experts - moe.router.top_k) * 3 * moe.width * self.config.hidden)
             .sum();
         ParameterCount { total, active: total - idle }
+    }
+
+    /// Tells each layer's routing method, once an optimiser step, how many assignments each expert had in all of the step's
+    /// batches; families' routers hear nothing.
+    ///
+    /// # Shapes
+    /// counts: `[experts]` of each layer with experts.
+    ///
+    /// # Panics
+    /// If layers with a method are more than counts.
+    pub fn after_step(&mut self, counts: &[&[u64]]) {
+        let methods = self.layers.iter_mut().filter_map(Layer::method_mut);
+        for (place, method) in methods.enumerate() {
+            method.after_step(counts[place]);
+        }
     }
 
     /// An error unless all ids are in the vocabulary.
@@ -145,7 +175,7 @@ impl Model {
     ) -> Result<Var, ModelError> {
         self.check(batch, caches.as_deref())?;
         let mut routers = self.config.layers.iter().filter_map(|layer| layer.ffn.moe());
-        if g.is_recording() && routers.any(|moe| moe.router.has_no_gradient()) {
+        if g.is_recording() && self.config.routing.is_none() && routers.any(|moe| moe.router.has_no_gradient()) {
             // The router says so too, but when layers are recomputed it would say it in the middle of the backward.
             return Err(MoeError::NoRouterGradient.into());
         }
@@ -155,16 +185,19 @@ impl Model {
         }
         observer.hidden(0, &x);
         for (index, layer) in self.layers.iter().enumerate() {
-            let routing;
-            (x, routing) = if recompute && caches.is_none() {
+            let notes;
+            (x, notes) = if recompute && caches.is_none() {
                 layer.forward_recomputed(g, &x, batch)?
             } else {
                 let mut states: Option<Vec<&mut LayerState>> =
                     caches.as_deref_mut().map(|caches| caches.iter_mut().map(|cache| cache.layer(index)).collect());
                 layer.forward(g, &x, batch, states.as_deref_mut())?
             };
-            if let Some(routing) = &routing {
+            if let Some(routing) = &notes.routing {
                 observer.routing(index, routing);
+            }
+            if let Some(depth) = &notes.depth {
+                observer.depth(index, depth);
             }
             if index + 1 < self.layers.len() {
                 observer.hidden(index + 1, &x);

@@ -1,8 +1,10 @@
 //! The feed-forward part of a layer: one SwiGLU network, or a mixture of them.
 
 use crate::ModelError;
-use crate::config::{Ffn, MoeFfn, SharedExperts};
+use crate::config::{Ffn, ModelConfig, MoeFfn, SharedExperts};
+use crate::methods;
 use crate::weights::Weights;
+use moebius_moe::routers::{Context, RoutingMethod};
 use moebius_moe::{ExpertBank, MoeLayer, Routing, TopKRouter};
 use moebius_tensor::{Graph, Param, Var, ops};
 
@@ -26,9 +28,18 @@ pub(crate) struct Network {
 /// Experts behind a router, and what every token passes besides.
 #[derive(Debug)]
 pub(crate) struct Mixture {
-    /// The router of the family and its experts.
-    layer: MoeLayer<TopKRouter>,
+    layer: Routed,
     shared: Option<Shared>,
+}
+
+/// A router and its experts.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few of them in a model, beside megabytes of weights")]
+enum Routed {
+    /// As the family has it.
+    Family(MoeLayer<TopKRouter>),
+    /// By a method of [`moebius_moe::routers`].
+    Method(MoeLayer<Box<dyn RoutingMethod>>),
 }
 
 /// The network that every token passes.
@@ -40,24 +51,38 @@ struct Shared {
 }
 
 impl FeedForward {
-    pub(crate) fn build(config: &Ffn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
-        match config {
+    pub(crate) fn build(config: &ModelConfig, ffn: &Ffn, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        let hidden = config.hidden;
+        match ffn {
             Ffn::Dense(dense) => {
                 weights.within("mlp.", |weights| Network::build(dense.width, hidden, weights)).map(Self::Dense)
             }
-            Ffn::Moe(moe) => weights.within("moe.", |weights| Mixture::build(moe, hidden, weights)).map(Self::Moe),
+            Ffn::Moe(moe) => weights.within("moe.", |weights| Mixture::build(config, moe, weights)).map(Self::Moe),
         }
     }
 
     /// # Shapes
     /// x and result `[tokens, hidden]`.
-    pub(crate) fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<(Var, Option<Routing>), ModelError> {
+    pub(crate) fn forward<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        x: &Var,
+        context: &Context<'_>,
+    ) -> Result<(Var, Option<Routing>), ModelError> {
         match self {
             Self::Dense(network) => Ok((network.forward(g, x)?, None)),
             Self::Moe(mixture) => {
-                let (y, routing) = mixture.forward(g, x)?;
+                let (y, routing) = mixture.forward(g, x, context)?;
                 Ok((y, Some(routing)))
             }
+        }
+    }
+
+    /// The routing method, if one stands for the family's router.
+    pub(crate) fn method_mut(&mut self) -> Option<&mut dyn RoutingMethod> {
+        match self {
+            Self::Moe(Mixture { layer: Routed::Method(layer), .. }) => Some(&mut layer.router),
+            Self::Dense(_) | Self::Moe(_) => None,
         }
     }
 
@@ -99,17 +124,8 @@ impl Network {
 }
 
 impl Mixture {
-    fn build(config: &MoeFfn, hidden: usize, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
-        let MoeFfn { n_experts, width, router, shared } = *config;
-        let score = weights.get("router", &[n_experts, hidden])?;
-        let biases = [
-            weights.get_if(router.logit_bias, "router_bias", &[n_experts])?,
-            weights.get_if(router.selection_bias, "selection_bias", &[n_experts])?,
-        ];
-        let experts = ExpertBank::new(
-            weights.get("gate_up", &[n_experts, 2 * width, hidden])?,
-            weights.get("down", &[n_experts, hidden, width])?,
-        )?;
+    fn build(config: &ModelConfig, moe: &MoeFfn, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        let (hidden, shared) = (config.hidden, moe.shared);
         let build_shared = |weights: &mut Weights<'_, '_>, shared: SharedExperts| {
             weights.within("shared.", |weights| {
                 let network = Network::build(shared.width, hidden, weights)?;
@@ -117,13 +133,19 @@ impl Mixture {
             })
         };
         Ok(Self {
-            layer: MoeLayer { router: TopKRouter::with(score, biases, router)?, experts },
+            layer: Routed::build(config, moe, weights)?,
             shared: shared.map(|shared| build_shared(weights, shared)).transpose()?,
         })
     }
 
-    fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<(Var, Routing), ModelError> {
-        let (mut y, routing) = self.layer.forward(g, x)?;
+    fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var, context: &Context<'_>) -> Result<(Var, Routing), ModelError> {
+        let (mut y, routing) = match &self.layer {
+            Routed::Family(layer) => layer.forward(g, x)?,
+            Routed::Method(layer) => {
+                let (y, decision) = layer.forward_by(g, x, context)?;
+                (y, decision.into())
+            }
+        };
         if let Some(Shared { network, gate }) = &self.shared {
             let mut answer = network.forward(g, x)?;
             if let Some(gate) = gate {
@@ -136,7 +158,10 @@ impl Mixture {
     }
 
     fn params(&self) -> Vec<&Param> {
-        let mut all = self.layer.params();
+        let mut all = match &self.layer {
+            Routed::Family(layer) => layer.params(),
+            Routed::Method(layer) => layer.router.params().into_iter().chain(layer.experts.params()).collect(),
+        };
         if let Some(Shared { network, gate }) = &self.shared {
             all.extend(network.params());
             all.extend(gate);
@@ -145,11 +170,43 @@ impl Mixture {
     }
 
     fn params_mut(&mut self) -> Vec<&mut Param> {
-        let mut all = self.layer.params_mut();
+        let mut all = match &mut self.layer {
+            Routed::Family(layer) => layer.params_mut(),
+            Routed::Method(layer) => layer.router.params_mut().into_iter().chain(layer.experts.params_mut()).collect(),
+        };
         if let Some(Shared { network, gate }) = &mut self.shared {
             all.extend(network.params_mut());
             all.extend(gate);
         }
         all
     }
+}
+
+impl Routed {
+    fn build(config: &ModelConfig, moe: &MoeFfn, weights: &mut Weights<'_, '_>) -> Result<Self, ModelError> {
+        let &MoeFfn { n_experts, width, router, .. } = moe;
+        if let Some(method) = &config.routing {
+            let layer = config.method_layer(moe);
+            let router = methods::build(method, &layer, &mut |name, shape| weights.get(name, shape))?;
+            let experts = experts(n_experts, width, config.hidden, weights)?;
+            return Ok(Self::Method(MoeLayer { router, experts }));
+        }
+        let score = weights.get("router", &[n_experts, config.hidden])?;
+        let biases = [
+            weights.get_if(router.logit_bias, "router_bias", &[n_experts])?,
+            weights.get_if(router.selection_bias, "selection_bias", &[n_experts])?,
+        ];
+        let experts = experts(n_experts, width, config.hidden, weights)?;
+        Ok(Self::Family(MoeLayer { router: TopKRouter::with(score, biases, router)?, experts }))
+    }
+}
+
+fn experts(
+    n_experts: usize,
+    width: usize,
+    hidden: usize,
+    weights: &mut Weights<'_, '_>,
+) -> Result<ExpertBank, ModelError> {
+    let gate_up = weights.get("gate_up", &[n_experts, 2 * width, hidden])?;
+    Ok(ExpertBank::new(gate_up, weights.get("down", &[n_experts, hidden, width])?)?)
 }

@@ -1,24 +1,39 @@
 //! A layer: a token mixer, then a feed-forward part, each normed and added to the residual stream.
 
 use crate::cache::LayerState;
-use crate::config::{LayerConfig, ModelConfig};
+use crate::config::{DepthSampler, DepthsConfig, LayerConfig, ModelConfig};
 use crate::feed_forward::FeedForward;
+use crate::methods;
 use crate::mixer::TokenMixer;
 use crate::norm::StreamNorm;
 use crate::weights::Weights;
 use crate::{Batch, ModelError};
 use moebius_moe::Routing;
+use moebius_moe::routers::{CausalSampler, Context, DepthDecision, MixtureOfDepths, RoutingMethod};
 use moebius_tensor::{Graph, Param, Var, ops};
 
 /// A layer with its weights.
 #[derive(Debug)]
 pub(crate) struct Layer {
+    /// Lets only some tokens through.
+    depths: Option<MixtureOfDepths>,
     mixer_norms: Norms,
     mixer: TokenMixer,
     ffn_norms: Norms,
     ffn: FeedForward,
     /// What the parts' answers are multiplied with.
     residual_scale: f32,
+    /// Its place among the layers: each draws random numbers of its own.
+    index: u64,
+}
+
+/// What was decided on the way through a layer.
+#[derive(Debug, Default)]
+pub(crate) struct Notes {
+    /// Which experts its tokens went to.
+    pub(crate) routing: Option<Routing>,
+    /// Which tokens went through it at all.
+    pub(crate) depth: Option<DepthDecision>,
 }
 
 /// The norms of a part: of what it reads, of what it answers.
@@ -31,6 +46,7 @@ struct Norms {
 impl Layer {
     pub(crate) fn build(
         config: &ModelConfig,
+        index: usize,
         layer: &LayerConfig,
         weights: &mut Weights<'_, '_>,
     ) -> Result<Self, ModelError> {
@@ -38,14 +54,24 @@ impl Layer {
         let norm = |wanted: bool, name: &str, weights: &mut Weights<'_, '_>| {
             if wanted { StreamNorm::build(config.norm, name, config.hidden, weights).map(Some) } else { Ok(None) }
         };
+        let depths = config.depths.filter(|depths| depths.applies(index));
+        let depths = depths.map(|depths| build_depths(&depths, config.hidden, weights)).transpose()?;
         let (is_before, is_after) = (config.norm_place.is_before(), config.norm_place.is_after());
         let before = norm(is_before, "attention_norm", weights)?;
         let mixer = TokenMixer::build(config, &layer.mixer, weights)?;
         let mixer_norms = Norms { before, after: norm(is_after, "attention_out_norm", weights)? };
         let before = norm(is_before, "ffn_norm", weights)?;
-        let ffn = FeedForward::build(&layer.ffn, config.hidden, weights)?;
+        let ffn = FeedForward::build(config, &layer.ffn, weights)?;
         let ffn_norms = Norms { before, after: norm(is_after, "ffn_out_norm", weights)? };
-        Ok(Self { mixer_norms, mixer, ffn_norms, ffn, residual_scale: config.scales.residual as f32 })
+        Ok(Self {
+            depths,
+            mixer_norms,
+            mixer,
+            ffn_norms,
+            ffn,
+            residual_scale: config.scales.residual as f32,
+            index: index as u64,
+        })
     }
 
     /// # Shapes
@@ -56,13 +82,69 @@ impl Layer {
         x: &Var,
         batch: &Batch,
         states: Option<&mut [&mut LayerState]>,
-    ) -> Result<(Var, Option<Routing>), ModelError> {
+    ) -> Result<(Var, Notes), ModelError> {
+        if let Some(depths) = &self.depths {
+            return self.forward_some(depths, g, x, batch, states);
+        }
+        let x = self.add(g, x, &self.mix(g, x, batch, states)?)?;
+        let (y, routing) = self.feed_forward(g, &x, batch)?;
+        Ok((self.add(g, &x, &y)?, Notes { routing, depth: None }))
+    }
+
+    /// What the mixer adds to the residual stream.
+    fn mix<'p>(
+        &'p self,
+        g: &Graph<'p>,
+        x: &Var,
+        batch: &Batch,
+        states: Option<&mut [&mut LayerState]>,
+    ) -> Result<Var, ModelError> {
         let normed = self.mixer_norms.before(g, x)?;
         let mixed = self.mixer.forward(g, &normed, batch, states)?;
-        let x = self.add(g, x, &self.mixer_norms.after(g, mixed)?)?;
-        let normed = self.ffn_norms.before(g, &x)?;
-        let (y, routing) = self.ffn.forward(g, &normed)?;
-        Ok((self.add(g, &x, &self.ffn_norms.after(g, y)?)?, routing))
+        self.mixer_norms.after(g, mixed)
+    }
+
+    /// What the feed-forward part adds to the residual stream.
+    fn feed_forward<'p>(&'p self, g: &Graph<'p>, x: &Var, batch: &Batch) -> Result<(Var, Option<Routing>), ModelError> {
+        let normed = self.ffn_norms.before(g, x)?;
+        let seed = methods::mixed(g.seed(), self.index);
+        let context = Context { token_ids: &batch.tokens, starts: &batch.starts, seed };
+        let (y, routing) = self.ffn.forward(g, &normed, &context)?;
+        Ok((self.ffn_norms.after(g, y)?, routing))
+    }
+
+    /// The tokens that `depths` lets through get what the layer adds to them, times their score; the others pass. Chosen
+    /// by rank in training, each by itself otherwise.
+    fn forward_some<'p>(
+        &'p self,
+        depths: &'p MixtureOfDepths,
+        g: &Graph<'p>,
+        x: &Var,
+        batch: &Batch,
+        mut states: Option<&mut [&mut LayerState]>,
+    ) -> Result<(Var, Notes), ModelError> {
+        let mut routing = None;
+        let through = |g: &Graph<'p>, rows: &Var, chosen: &[usize]| -> Result<Var, ModelError> {
+            let part = batch.select(chosen);
+            let mixed = self.mix(g, rows, &part, states.as_deref_mut())?;
+            let between = self.add(g, rows, &mixed)?;
+            let (y, decided) = self.feed_forward(g, &between, &part)?;
+            routing = decided;
+            self.add(g, &mixed, &y)
+        };
+        let (y, decision) = if g.is_training() {
+            // Another number than the experts' router draws from.
+            let seed = methods::mixed(!g.seed(), self.index);
+            depths.forward(g, x, &batch.starts, seed, through)?
+        } else {
+            depths.forward_causal(g, x, &batch.positions, through)?
+        };
+        for (sequence, state) in states.into_iter().flatten().enumerate() {
+            let rows = batch.starts[sequence]..batch.starts[sequence + 1];
+            let mine = decision.chosen.iter().filter(|token| rows.contains(token));
+            state.note(&mine.map(|&token| batch.positions[token]).collect::<Vec<_>>(), rows.len());
+        }
+        Ok((y, Notes { routing, depth: Some(decision) }))
     }
 
     /// The residual stream and a part's answer.
@@ -79,31 +161,33 @@ impl Layer {
         g: &Graph<'p>,
         x: &Var,
         batch: &Batch,
-    ) -> Result<(Var, Option<Routing>), ModelError> {
+    ) -> Result<(Var, Notes), ModelError> {
         let (batch, decided) = (batch.clone(), std::rc::Rc::new(std::cell::RefCell::new(None)));
         let slot = decided.clone();
         let outputs = g.checkpoint(x, move |g, x| {
-            let (y, routing) = self.forward(g, x, &batch, None)?;
+            let (y, mut notes) = self.forward(g, x, &batch, None)?;
             let mut outputs = vec![y];
-            if let Some(routing) = &routing {
-                outputs.extend([routing.logits.clone(), routing.probabilities.clone()]);
-            }
-            slot.borrow_mut().get_or_insert(routing);
+            outputs.extend(notes.values().into_iter().map(|value| value.clone()));
+            slot.borrow_mut().get_or_insert(notes);
             Ok::<_, ModelError>(outputs)
         })?;
-        let mut routing = decided.borrow_mut().take().flatten();
-        if let Some(routing) = &mut routing {
-            // Losses on the routing must flow into the recomputation.
-            (routing.logits, routing.probabilities) = (outputs[1].clone(), outputs[2].clone());
-        }
-        Ok((outputs[0].clone(), routing))
+        let mut notes = decided.borrow_mut().take().unwrap_or_default();
+        // Losses on what was decided must flow into the recomputation.
+        notes.values().into_iter().zip(&outputs[1..]).for_each(|(value, output)| *value = output.clone());
+        Ok((outputs[0].clone(), notes))
+    }
+
+    /// The routing method, if one stands for the family's router.
+    pub(crate) fn method_mut(&mut self) -> Option<&mut dyn RoutingMethod> {
+        self.ffn.method_mut()
     }
 
     /// All weights, in the order of their ids.
     pub(crate) fn params(&self) -> Vec<&Param> {
-        let Self { mixer_norms, mixer, ffn_norms, ffn, .. } = self;
+        let Self { depths, mixer_norms, mixer, ffn_norms, ffn, .. } = self;
         let of = |norm| Option::<&StreamNorm>::into_iter(norm).flat_map(StreamNorm::params);
-        let mut all: Vec<&Param> = of(mixer_norms.before.as_ref()).collect();
+        let mut all: Vec<&Param> = depths.iter().flat_map(MixtureOfDepths::params).collect();
+        all.extend(of(mixer_norms.before.as_ref()));
         all.extend(mixer.params());
         all.extend(of(mixer_norms.after.as_ref()).chain(of(ffn_norms.before.as_ref())));
         all.extend(ffn.params());
@@ -113,15 +197,46 @@ impl Layer {
 
     /// All weights, to be changed.
     pub(crate) fn params_mut(&mut self) -> Vec<&mut Param> {
-        let Self { mixer_norms, mixer, ffn_norms, ffn, .. } = self;
+        let Self { depths, mixer_norms, mixer, ffn_norms, ffn, .. } = self;
         let of = |norm| Option::<&mut StreamNorm>::into_iter(norm).flat_map(StreamNorm::params_mut);
-        let mut all: Vec<&mut Param> = of(mixer_norms.before.as_mut()).collect();
+        let mut all: Vec<&mut Param> = depths.iter_mut().flat_map(MixtureOfDepths::params_mut).collect();
+        all.extend(of(mixer_norms.before.as_mut()));
         all.extend(mixer.params_mut());
         all.extend(of(mixer_norms.after.as_mut()).chain(of(ffn_norms.before.as_mut())));
         all.extend(ffn.params_mut());
         all.extend(of(ffn_norms.after.as_mut()));
         all
     }
+}
+
+impl Notes {
+    /// The values that losses are taken of.
+    fn values(&mut self) -> Vec<&mut Var> {
+        let mut all = Vec::new();
+        if let Some(Routing { logits, probabilities, losses, .. }) = &mut self.routing {
+            all.extend([logits, probabilities]);
+            all.extend(losses.iter_mut().map(|loss| &mut loss.value));
+        }
+        all.extend(self.depth.iter_mut().map(|depth| &mut depth.sampler_loss));
+        all
+    }
+}
+
+fn build_depths(
+    config: &DepthsConfig,
+    hidden: usize,
+    weights: &mut Weights<'_, '_>,
+) -> Result<MixtureOfDepths, ModelError> {
+    let score = weights.get("depth_router", &[1, hidden])?;
+    let sampler = match config.sampler {
+        DepthSampler::Threshold => CausalSampler::Threshold,
+        DepthSampler::Random => CausalSampler::Random,
+        DepthSampler::Predictor { width } => CausalSampler::Predictor {
+            inner: weights.get("depth_inner", &[width, hidden])?,
+            outer: weights.get("depth_outer", &[1, width])?,
+        },
+    };
+    Ok(MixtureOfDepths::new(score, config.share, sampler)?)
 }
 
 impl Norms {

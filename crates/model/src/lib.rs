@@ -20,6 +20,7 @@ pub mod files;
 pub mod gguf;
 mod layer;
 mod loss;
+mod methods;
 mod mixer;
 mod norm;
 mod observer;
@@ -28,6 +29,7 @@ mod position;
 mod running;
 pub mod safetensors;
 pub mod shapes;
+pub mod vision;
 mod weights;
 
 pub use batch::Batch;

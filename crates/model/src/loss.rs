@@ -1,6 +1,7 @@
 //! The training objective: next-token cross entropy, and the losses on routing.
 
 use crate::{Batch, Model, ModelError, Observer};
+use moebius_moe::routers::DepthDecision;
 use moebius_moe::{Routing, load_balancing_loss, z_loss};
 use moebius_tensor::{Graph, Var, ops};
 
@@ -26,8 +27,13 @@ pub struct Loss {
     pub balance: f32,
     /// The z-loss, unweighted. Zero in dense models.
     pub z: f32,
+    /// The routing methods' own losses, each with its coefficient, the mean over layers, and the loss of the samplers of
+    /// Mixture-of-Depths.
+    pub method: f32,
     /// What each MoE layer's router decided.
     pub routing: Vec<Routing>,
+    /// Which tokens went through each layer that has a router around it.
+    pub depths: Vec<DepthDecision>,
 }
 
 /// The mean of the layers' own load-balancing losses. Pooled over layers, as transformers counts, the loss is content when
@@ -40,12 +46,30 @@ fn mean_balance<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
     ops::weighted_sum(g, &each.iter().map(|loss| (share, loss)).collect::<Vec<_>>())
 }
 
+/// The mean over layers of what their routing methods ask for, and over those with a router around them of its sampler's
+/// loss; none if nobody asks.
+fn mean_method<'p>(g: &Graph<'p>, layers: &[&Routing], depths: &[DepthDecision], sampler_weight: f32) -> Option<Var> {
+    let share = 1.0 / layers.len().max(1) as f32;
+    let asked = layers.iter().flat_map(|layer| &layer.losses).filter(|loss| loss.coefficient != 0.0);
+    let mut terms: Vec<(f32, &Var)> = asked.map(|loss| (share * loss.coefficient, &loss.value)).collect();
+    let share = sampler_weight / depths.len().max(1) as f32;
+    terms.extend(depths.iter().filter(|_| share != 0.0).map(|depth| (share, &depth.sampler_loss)));
+    (!terms.is_empty()).then(|| ops::weighted_sum(g, &terms))
+}
+
 #[derive(Default)]
-struct Collected(Vec<Routing>);
+struct Collected {
+    routing: Vec<Routing>,
+    depths: Vec<DepthDecision>,
+}
 
 impl Observer for Collected {
     fn routing(&mut self, _: usize, routing: &Routing) {
-        self.0.push(routing.clone());
+        self.routing.push(routing.clone());
+    }
+
+    fn depth(&mut self, _: usize, decision: &DepthDecision) {
+        self.depths.push(decision.clone());
     }
 }
 
@@ -72,10 +96,13 @@ impl Model {
         let mut collected = Collected::default();
         let hidden = self.forward_with(g, batch, None, &mut collected, settings.recompute && g.is_recording())?;
         let cross_entropy = ops::linear_cross_entropy(g, &self.head_input(g, &hidden), self.head(), targets)?;
-        let routing = collected.0;
+        let Collected { routing, depths } = collected;
         let layers: Vec<&Routing> = routing.iter().collect();
         let (balance, z) = (mean_balance(g, &layers), z_loss(g, &layers));
+        let sampler_weight = self.config.depths.map_or(0.0, |depths| depths.sampler_loss as f32);
+        let method = mean_method(g, &layers, &depths, sampler_weight);
         let mut terms = vec![(1.0, &cross_entropy)];
+        terms.extend(method.as_ref().map(|method| (1.0, method)));
         for (coefficient, loss) in [(settings.balance_coefficient, &balance), (settings.z_coefficient, &z)] {
             if coefficient != 0.0 {
                 terms.push((coefficient, loss));
@@ -83,6 +110,15 @@ impl Model {
         }
         let total = ops::weighted_sum(g, &terms);
         let value = |loss: &Var| loss.data()[0];
-        Ok(Loss { cross_entropy: value(&cross_entropy), balance: value(&balance), z: value(&z), total, routing })
+        let method = method.as_ref().map_or(0.0, value);
+        Ok(Loss {
+            cross_entropy: value(&cross_entropy),
+            balance: value(&balance),
+            z: value(&z),
+            method,
+            total,
+            routing,
+            depths,
+        })
     }
 }

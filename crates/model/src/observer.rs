@@ -1,6 +1,7 @@
 //! [`Observer`]: looks on while a model computes.
 
 use moebius_moe::Routing;
+use moebius_moe::routers::DepthDecision;
 use moebius_tensor::Var;
 
 /// Sees hidden states and routing as they are made. Every method does nothing unless written anew.
@@ -13,6 +14,11 @@ pub trait Observer {
     /// What the router of a layer (counted among all layers, from 0) decided.
     fn routing(&mut self, layer: usize, routing: &Routing) {
         let _ = (layer, routing);
+    }
+
+    /// Which tokens went through a layer that the others went around.
+    fn depth(&mut self, layer: usize, decision: &DepthDecision) {
+        let _ = (layer, decision);
     }
 }
 

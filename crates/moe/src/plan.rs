@@ -147,6 +147,11 @@ impl Plan {
         &self.offsets
     }
 
+    /// The expert that computes on a row.
+    pub fn expert_of_row(&self, row: usize) -> usize {
+        self.offsets.partition_point(|&first| first <= row) - 1
+    }
+
     /// `[assignments]`: the token of each row.
     pub fn token(&self) -> &[u32] {
         &self.token
@@ -200,6 +205,7 @@ mod tests {
         assert_eq!(plan.token(), [0, 1, 0, 2, 1, 2]);
         assert_eq!(plan.slot(), [1, 0, 0, 1, 1, 0]);
         assert_eq!(plan.counts(), [2, 0, 2, 2]);
+        assert_eq!([0, 1, 2, 5].map(|row| plan.expert_of_row(row)), [0, 0, 2, 3]);
         assert_eq!(plan.rows_of_token(), (&[0, 2, 4, 6][..], &[2, 0, 1, 4, 5, 3][..]));
     }
 

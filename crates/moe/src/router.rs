@@ -6,6 +6,7 @@ mod sparse_mixer;
 
 pub use settings::{ExpertGroups, GroupScore, Normalise, RouterSettings, Score};
 
+use crate::routers::{AuxiliaryLoss, Decision};
 use crate::{MoeError, Plan};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::select;
@@ -27,6 +28,48 @@ pub struct Routing {
     pub topk_index: Vec<u32>,
     /// `[tokens, k]`: their weights.
     pub topk_weight: Tensor,
+    /// The losses of a routing method; a family's router has none of its own.
+    pub losses: Vec<AuxiliaryLoss>,
+    /// Choices that found their expert full.
+    pub dropped: usize,
+}
+
+/// Stands in [`Routing::topk_index`] where a token has fewer experts than others.
+pub const NO_EXPERT: u32 = u32::MAX;
+
+impl From<Decision> for Routing {
+    /// A method's decision; k is the most experts that any token has, missing ones are [`NO_EXPERT`] with weight zero.
+    fn from(decision: Decision) -> Self {
+        let Decision { plan, weights, logits, probabilities, losses, dropped, .. } = decision;
+        let (offsets, rows) = plan.rows_of_token();
+        let k = offsets.windows(2).map(|bounds| bounds[1] - bounds[0]).max().unwrap_or(0);
+        let (mut index, mut by_token) = (vec![NO_EXPERT; plan.n_tokens() * k], vec![0.0; plan.n_tokens() * k]);
+        for (token, bounds) in offsets.windows(2).enumerate() {
+            let mut mine: Vec<(f32, u32)> = (rows[bounds[0]..bounds[1]].iter())
+                .map(|&row| (weights.data()[row as usize], plan.expert_of_row(row as usize) as u32))
+                .collect();
+            mine.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            for (slot, (weight, expert)) in mine.into_iter().enumerate() {
+                (index[token * k + slot], by_token[token * k + slot]) = (expert, weight);
+            }
+        }
+        let topk_weight = Tensor::new(&[plan.n_tokens(), k], by_token);
+        Self { plan, weights, logits, probabilities, topk_index: index, topk_weight, losses, dropped }
+    }
+}
+
+impl Routing {
+    /// What a family's router decided: nothing dropped, no losses of its own.
+    fn of_family(
+        plan: Rc<Plan>,
+        weights: Var,
+        logits: Var,
+        probabilities: Var,
+        (topk_index, topk_weight): (Vec<u32>, Tensor),
+    ) -> Self {
+        let (losses, dropped) = (Vec::new(), 0);
+        Self { plan, weights, logits, probabilities, topk_index, topk_weight, losses, dropped }
+    }
 }
 
 /// Scores tokens and chooses their experts. Works in f32 whatever the graph's precision.
@@ -94,6 +137,11 @@ impl TopKRouter {
         Ok(Self { weight, logit_bias, selection_bias, settings })
     }
 
+    /// What is added to the scores when experts are chosen, to be changed; none unless the settings speak of it.
+    pub(crate) fn selection_bias_mut(&mut self) -> Option<&mut Param> {
+        self.selection_bias.as_mut()
+    }
+
     /// How it scores, chooses and weighs.
     pub fn settings(&self) -> &RouterSettings {
         &self.settings
@@ -134,7 +182,7 @@ impl Router for TopKRouter {
         }
         let plan = Rc::new(Plan::from_choices(experts, k, &index)?);
         let (weights, topk_weight) = scores::weigh(g, settings, &scores, &plan, &index, best);
-        Ok(Routing { plan, weights, logits, probabilities, topk_index: index, topk_weight })
+        Ok(Routing::of_family(plan, weights, logits, probabilities, (index, topk_weight)))
     }
 
     fn params(&self) -> Vec<&Param> {

@@ -106,6 +106,7 @@ pub struct Graph<'p> {
     id: u64,
     precision: Precision,
     training: bool,
+    seed: u64,
     tape: Option<RefCell<Vec<Entry<'p>>>>,
 }
 
@@ -114,7 +115,7 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 impl<'p> Graph<'p> {
     fn new(precision: Precision, training: bool, recording: bool) -> Self {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Self { id, precision, training, tape: recording.then(RefCell::default) }
+        Self { id, precision, training, seed: 0, tape: recording.then(RefCell::default) }
     }
 
     /// Runs operations and records nothing.
@@ -130,6 +131,17 @@ impl<'p> Graph<'p> {
     /// Runs operations that will run again on a recording graph.
     pub(crate) fn rehearsal(precision: Precision) -> Self {
         Self::new(precision, true, false)
+    }
+
+    /// The same, with a seed for what is drawn by lot while it runs.
+    #[must_use]
+    pub fn seeded(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// Decides every random number of what runs here; what is computed again draws the same.
+    pub fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// The precision of matrix operands (accumulators are f32 always).

@@ -14,7 +14,7 @@ const HEAD: usize = 12;
 const VOCAB: usize = 301;
 /// Queries have six heads, keys and values three.
 const ATTENTION: AttentionShape =
-    AttentionShape { n_heads: 6, n_kv_heads: 3, head_dim: HEAD, scale: 0.3, window: Some(150) };
+    AttentionShape { n_heads: 6, n_kv_heads: 3, head_dim: HEAD, scale: 0.3, window: Some(150), bidirectional: false };
 const STARTS: [usize; 5] = [0, 1, 200, 200, TOKENS];
 
 fn random(shape: &[usize], seed: u64) -> Tensor {

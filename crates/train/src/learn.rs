@@ -9,6 +9,7 @@ use moebius_tensor::{Gradients, Graph};
 use crate::data::corpus::Windows;
 use crate::data::tokenizer::END_OF_TEXT_ID;
 use crate::metrics::LayerLoad;
+use crate::recipe::{DepthsSection, RouterSection};
 use crate::{Recipe, Result};
 
 /// Rows of a batch at most whose router entropy is taken: it is a figure to watch, not worth a per cent of the step.
@@ -21,6 +22,7 @@ pub struct LoadCounts(Vec<LayerSum>);
 #[derive(Clone, Debug, Default)]
 struct LayerSum {
     counts: LoadStatistics,
+    dropped: u64,
     entropy: f64,
     rows: usize,
 }
@@ -31,6 +33,7 @@ impl LoadCounts {
         self.0.resize_with(routing.len(), LayerSum::default);
         for (sum, layer) in self.0.iter_mut().zip(routing) {
             sum.counts.add(&layer.plan);
+            sum.dropped += layer.dropped as u64;
             let experts = layer.plan.n_experts().max(2);
             let rows = layer.probabilities.data().chunks_exact(experts);
             let stride = rows.len().div_ceil(ENTROPY_ROWS).max(1);
@@ -39,6 +42,16 @@ impl LoadCounts {
                 sum.rows += 1;
             }
         }
+    }
+
+    /// Assignments of each expert, layer by layer.
+    pub fn counts(&self) -> Vec<&[u64]> {
+        self.0.iter().map(|sum| &sum.counts.counts[..]).collect()
+    }
+
+    /// Choices that found their expert full, all layers together.
+    pub fn dropped(&self) -> u64 {
+        self.0.iter().map(|sum| sum.dropped).sum()
     }
 
     /// The sums, layer by layer.
@@ -63,6 +76,8 @@ pub struct Losses {
     pub balance: f64,
     /// The router's z-loss.
     pub z: f64,
+    /// The routing method's own losses.
+    pub method: f64,
 }
 
 impl Losses {
@@ -71,16 +86,23 @@ impl Losses {
         self.cross_entropy += factor * other.cross_entropy;
         self.balance += factor * other.balance;
         self.z += factor * other.z;
+        self.method += factor * other.method;
     }
 }
 
-/// The configuration that a recipe asks for: Mixtral's family if sparse, Llama's if dense.
+/// The configuration that a recipe asks for: Llama's family if dense, Mixtral's if it can express the routing, else our
+/// own.
 pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
     let model = &recipe.model;
-    let (family, ffn) = match (model.experts, model.experts_per_token) {
-        (Some(n_experts), Some(top_k)) => ("mixtral", Ffn::moe_of(n_experts, top_k, model.ffn, true)),
-        _ => ("llama", Ffn::dense(model.ffn)),
+    let sparse = model.experts.zip(model.experts_per_token);
+    let routing = recipe.router.as_ref().map(RouterSection::method);
+    let depths = recipe.depths.as_ref().map(DepthsSection::config);
+    let is_ours = routing.is_some() || depths.is_some() || model.experts_every > 1;
+    let (family, ffn) = match sparse {
+        Some((n_experts, top_k)) => ("mixtral", Ffn::moe_of(n_experts, top_k, model.ffn, true)),
+        None => ("llama", Ffn::dense(model.ffn)),
     };
+    let family = if is_ours { "moebius" } else { family };
     let decoder = UniformDecoder {
         family,
         vocab_size,
@@ -96,12 +118,20 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
         ffn,
         ..UniformDecoder::default()
     };
-    ModelConfig {
+    let mut config = ModelConfig {
         router_aux_loss_coef: recipe.balance.load_balancing,
         bos_token: Some(END_OF_TEXT_ID),
         eos_tokens: vec![END_OF_TEXT_ID],
+        routing,
+        depths,
         ..decoder.config()
+    };
+    for (index, layer) in config.layers.iter_mut().enumerate() {
+        if sparse.is_some() && !(index + 1).is_multiple_of(model.experts_every) {
+            layer.ffn = Ffn::dense(model.dense_ffn.unwrap_or(model.ffn));
+        }
     }
+    config
 }
 
 /// Windows of `length` tokens as sequences of a batch; attention does not cross from one to the next.
@@ -126,7 +156,7 @@ pub fn measure(
     Ok(f64::from(loss.cross_entropy))
 }
 
-/// The losses of one micro-batch; adds their gradient to `gradients`.
+/// The losses of one micro-batch; adds their gradient to `gradients`. `seed` decides what routers draw by lot.
 ///
 /// # Errors
 /// The model's.
@@ -134,6 +164,7 @@ pub fn gradients(
     model: &Model,
     windows: &Windows,
     recipe: &Recipe,
+    seed: u64,
     gradients: &mut Gradients,
     load: &mut LoadCounts,
 ) -> Result<Losses> {
@@ -142,7 +173,7 @@ pub fn gradients(
         z_coefficient: recipe.balance.z as f32,
         recompute: recipe.train.checkpoint_activations,
     };
-    let graph = Graph::training(recipe.train.precision.into());
+    let graph = Graph::training(recipe.train.precision.into()).seeded(seed);
     let batch = batch_of(windows, recipe.train.sequence_length);
     let loss = with_team(|| -> Result<_> {
         let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;
@@ -154,5 +185,6 @@ pub fn gradients(
         cross_entropy: f64::from(loss.cross_entropy),
         balance: f64::from(loss.balance) * recipe.balance.load_balancing,
         z: f64::from(loss.z) * recipe.balance.z,
+        method: f64::from(loss.method),
     })
 }

@@ -35,6 +35,7 @@ pub mod samples;
 pub mod schedule;
 pub mod spikes;
 pub mod trainer;
+pub mod vision;
 
 pub use error::{Result, TrainError};
 pub use progress::{Event, Progress, Silent};

@@ -52,6 +52,12 @@ pub struct StepRecord {
     pub balance_loss: f64,
     /// The router's z-loss times its coefficient; 0 in a dense model.
     pub z_loss: f64,
+    /// The routing method's own losses, each times its coefficient, mean over layers; 0 without a method.
+    #[serde(default)]
+    pub method_loss: f64,
+    /// Choices that found their expert full, all layers together.
+    #[serde(default)]
+    pub dropped: u64,
     /// The learning rate of this step.
     pub learning_rate: f64,
     /// The gradient's global norm before clipping.
@@ -228,6 +234,8 @@ pub(crate) mod tests {
             loss,
             balance_loss: 0.02,
             z_loss: 0.0,
+            method_loss: 0.0,
+            dropped: 0,
             learning_rate: 1e-3,
             gradient_norm: 0.5,
             tokens: step * 10,

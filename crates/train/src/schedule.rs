@@ -3,7 +3,7 @@
 //! Cosine: Loshchilov & Hutter 2017, "SGDR", one cycle. Warm-up, stable, decay: Hu et al. 2024, "MiniCPM".
 
 use crate::Recipe;
-use crate::recipe::ScheduleKind;
+use crate::recipe::{OptimizerSection, ScheduleKind};
 
 /// The rate of every step of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,8 +25,11 @@ pub struct Schedule {
 impl Schedule {
     /// The schedule that a recipe asks for.
     pub fn of(recipe: &Recipe) -> Self {
-        let optimizer = &recipe.optimizer;
-        let steps = recipe.train.steps;
+        Self::of_section(&recipe.optimizer, recipe.train.steps)
+    }
+
+    /// The schedule of a section in a run of `steps` steps.
+    pub fn of_section(optimizer: &OptimizerSection, steps: u64) -> Self {
         Self {
             kind: optimizer.schedule,
             peak: optimizer.learning_rate,

@@ -1,5 +1,7 @@
 //! `moebius train`: a run by recipe, its display, ctrl-C.
 
+mod vision;
+
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,12 +25,15 @@ const INTERRUPTED: i32 = 130;
 /// # Errors
 /// A recipe that cannot be obeyed, texts or a folder that cannot be used, a full disk.
 pub fn execute(arguments: &TrainArguments) -> anyhow::Result<ExitCode> {
-    let recipe = Recipe::load(&arguments.recipe)?;
     let start = match (arguments.resume, arguments.force) {
         (true, _) => Start::Resume,
         (_, true) => Start::Force,
         _ => Start::Fresh,
     };
+    if vision::is_for(&arguments.recipe) {
+        return vision::execute(arguments, start);
+    }
+    let recipe = Recipe::load(&arguments.recipe)?;
     ctrlc::set_handler(interrupted).context("ctrl-C handler")?;
     let precision = recipe.train.precision.into();
     let mut display = Display::new();

@@ -119,6 +119,7 @@ impl Kernel for BackwardTask<'_> {
             transpose_rows(self.keys(self.saved.v), self.shifted(&keys), working.values_transposed);
             // The last query that sees the block's last key.
             let end = shape.window.map_or(length, |window| length.min((keys.end - 1).saturating_add(window)));
+            let start = if shape.bidirectional { 0 } else { start };
             for head in 0..group {
                 for first in (start..end).step_by(QUERY_ROWS) {
                     self.block(simd, &mut working, head, first..end.min(first + QUERY_ROWS), keys.clone());
@@ -185,7 +186,7 @@ impl<'a> BackwardTask<'a> {
         for first in queries.clone().step_by(TILE_ROWS) {
             let rows = first..queries.end.min(first + TILE_ROWS);
             let here = (first - queries.start) * KEY_BLOCK;
-            let reach = keys.len().min(rows.end - keys.start);
+            let reach = if self.shape.bidirectional { keys.len() } else { keys.len().min(rows.end - keys.start) };
             for (left, transposed, scores) in [
                 (&*working.q, &*working.keys_transposed, &mut *working.probabilities),
                 (&*working.dout, &*working.values_transposed, &mut *working.dscores),
@@ -203,8 +204,11 @@ impl<'a> BackwardTask<'a> {
             for row in rows.clone() {
                 let here = (row - queries.start) * KEY_BLOCK..(row - queries.start + 1) * KEY_BLOCK;
                 let kept = [self.log_sum(head, row), working.shift[head * length + row]];
+                let seen = self.shape.visible(row, length);
+                let inside = |position: usize| position.saturating_sub(keys.start).min(KEY_BLOCK);
+                let seen = inside(seen.start)..inside(seen.end);
                 let probabilities = &mut working.probabilities[here.clone()];
-                score_gradients(simd, self.shape, row, keys.start, kept, probabilities, &mut working.dscores[here]);
+                score_gradients(simd, self.shape.scale, seen, kept, probabilities, &mut working.dscores[here]);
             }
             simd.call(Product {
                 rows: rows.len(),
@@ -218,7 +222,7 @@ impl<'a> BackwardTask<'a> {
         }
         for first in keys.clone().step_by(TILE_ROWS) {
             // Earlier queries do not see these keys.
-            let from = queries.start.max(first);
+            let from = if self.shape.bidirectional { queries.start } else { queries.start.max(first) };
             if from >= queries.end {
                 break;
             }
@@ -272,22 +276,19 @@ fn add_rows<S: Simd>(simd: S, from: &[f32], rows: &Range<usize>, to: &DisjointMu
 }
 
 /// Turns one row's dot products into probabilities and its gradients of probabilities into gradients of dot products;
-/// zero for what the row does not see.
+/// zero for what the row does not see: all but the keys `seen` of the block.
 #[inline(always)]
 fn score_gradients<S: Simd>(
     simd: S,
-    shape: &AttentionShape,
-    row: usize,
-    first_key: usize,
+    scale: f32,
+    seen: Range<usize>,
     [log_sum, shift]: [f32; 2],
     probabilities: &mut [f32],
     dscores: &mut [f32],
 ) {
     let splat = |value| Lanes::splat(simd, value);
-    let seen = shape.visible(row);
-    let inside = |position: usize| position.saturating_sub(first_key).min(KEY_BLOCK);
-    let (start, end) = (inside(seen.start), inside(seen.end));
-    let (zero, scale) = (splat(0.0), splat(shape.scale));
+    let Range { start, end } = seen;
+    let (zero, scale) = (splat(0.0), splat(scale));
     let (probabilities, _) = probabilities.as_chunks_mut::<LANES>();
     let (dscores, _) = dscores.as_chunks_mut::<LANES>();
     for (v, (probabilities, dscores)) in probabilities.iter_mut().zip(dscores).enumerate() {

@@ -97,6 +97,8 @@ struct Block<'a> {
     largest: &'a mut [f32],
     /// Sum of exponentials so far, `[rows]`
     sums: &'a mut [f32],
+    /// Positions of the sequence up to the last that the rows see.
+    length: usize,
 }
 
 /// A block of keys and values at positions `start..start + KEY_BLOCK`.
@@ -136,11 +138,12 @@ impl Kernel for ForwardTask<'_> {
         mixed.fill(0.0);
         largest.fill(f32::NEG_INFINITY);
         sums.fill(0.0);
-        let mut block = Block { q, mixed, largest, sums };
 
         let first = sequence.first_position + task.rows.start;
-        let end = sequence.first_position + task.rows.end;
-        let mut start = shape.visible(first).start / KEY_BLOCK * KEY_BLOCK;
+        let length = sequence.first_position + sequence.q.len() / shape.query_width();
+        let end = if shape.bidirectional { length } else { sequence.first_position + task.rows.end };
+        let mut block = Block { q, mixed, largest, sums, length: end };
+        let mut start = shape.visible(first, end).start / KEY_BLOCK * KEY_BLOCK;
         while start < end {
             match sequence.source {
                 Source::Cache(cache) => match cache.block(start / KEY_BLOCK, task.kv_head) {
@@ -198,7 +201,7 @@ fn attend_tile<S: Simd, E: Element>(
     // One division a tile: the rows follow each other.
     let (mut position, mut head) = (first_position + rows.start / shape.group(), rows.start % shape.group());
     for visible in &mut visible[..rows.len()] {
-        let seen = shape.visible(position);
+        let seen = shape.visible(position, block.length);
         let inside = |position: usize| position.saturating_sub(keys.start).min(KEY_BLOCK);
         *visible = inside(seen.start)..inside(seen.end);
         head += 1;

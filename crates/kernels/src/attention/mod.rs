@@ -1,4 +1,4 @@
-//! Causal attention with grouped queries over ragged batches (Vaswani et al. 2017; Ainslie et al. 2023, "GQA").
+//! Causal or bidirectional attention with grouped queries over ragged batches (Vaswani et al. 2017; Ainslie et al. 2023, "GQA").
 //!
 //! Legend: `t` tokens of all sequences, `nh` query heads, `nkv` key/value heads, `hd` features of a head.
 
@@ -31,6 +31,8 @@ pub struct AttentionShape {
     pub scale: f32,
     /// Sliding window: position `i` sees `j` when `j <= i` and `i - j < window`.
     pub window: Option<usize>,
+    /// Whether every position sees its whole sequence, later ones too; then there is no window, and no cache.
+    pub bidirectional: bool,
 }
 
 impl AttentionShape {
@@ -49,8 +51,11 @@ impl AttentionShape {
         self.n_heads / self.n_kv_heads
     }
 
-    /// The positions that `position` sees.
-    pub fn visible(&self, position: usize) -> std::ops::Range<usize> {
+    /// The positions that `position` sees in a sequence of `length` positions.
+    pub fn visible(&self, position: usize, length: usize) -> std::ops::Range<usize> {
+        if self.bidirectional {
+            return 0..length;
+        }
         let end = position + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
@@ -59,6 +64,7 @@ impl AttentionShape {
         assert!(self.n_kv_heads > 0 && self.head_dim > 0, "empty heads: {self:?}");
         assert!(self.n_heads.is_multiple_of(self.n_kv_heads), "query heads do not share evenly: {self:?}");
         assert!(self.window != Some(0), "a window of no keys: {self:?}");
+        assert!(self.window.is_none() || !self.bidirectional, "a window that looks both ways: {self:?}");
     }
 
     /// Checks the shapes of a ragged batch; returns t.
@@ -186,6 +192,7 @@ pub fn attention_cached(shape: &AttentionShape, q: &[f32], sequences: &[CachedSe
 
 fn attention_cached_on(isa: Isa, shape: &AttentionShape, q: &[f32], cached: &[CachedSequence<'_>], out: &mut [f32]) {
     shape.check();
+    assert!(!shape.bidirectional, "a cache holds earlier positions only");
     let tokens: usize = cached.iter().map(|sequence| sequence.rows).sum();
     assert_eq!(q.len(), tokens * shape.query_width(), "queries of all sequences");
     assert_eq!(out.len(), q.len());

@@ -54,7 +54,7 @@ fn attention_rows(
     for row in 0..rows {
         for head in 0..shape.n_heads {
             let query = &q[row * query_width + head * head_dim..][..head_dim];
-            let visible = shape.visible(first_position + row);
+            let visible = shape.visible(first_position + row, first_position + rows);
             let place = |position: usize| position * key_width + head / shape.group() * head_dim;
             let (probabilities, log_sum) = softmax_of_scores(shape, query, keys, visible.clone(), place);
             lse[head * rows + row] = log_sum as f32;
@@ -105,7 +105,7 @@ pub fn attention_backward_reference(
         for (row, head) in (bounds[0]..bounds[1]).flat_map(|row| (0..shape.n_heads).map(move |head| (row, head))) {
             let at = row * query_width + head * head_dim;
             let (query, dout) = (&saved.q[at..][..head_dim], &dout[at..][..head_dim]);
-            let visible = shape.visible(row - bounds[0]);
+            let visible = shape.visible(row - bounds[0], bounds[1] - bounds[0]);
             let place = |position: usize| key_start + position * key_width + head / shape.group() * head_dim;
             let (probabilities, _) = softmax_of_scores(shape, query, saved.k, visible.clone(), place);
             let dprobabilities: Vec<f64> =

@@ -18,7 +18,8 @@ struct Batch {
 impl Batch {
     fn new([kv, group, head_dim]: [usize; 3], window: Option<usize>, lengths: &[usize]) -> Self {
         let scale = 2.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { n_heads: kv * group, n_kv_heads: kv, head_dim, scale, window };
+        let (n_heads, n_kv_heads) = (kv * group, kv);
+        let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale, window, bidirectional: false };
         let mut starts = vec![0];
         lengths.iter().for_each(|length| starts.push(starts[starts.len() - 1] + length));
         let tokens = starts[starts.len() - 1];
@@ -64,9 +65,13 @@ impl Batch {
 
 /// One suite for every shape: against the definition, on every instruction set, with 1, 2 and 3 threads.
 fn check(heads: [usize; 3], window: Option<usize>, lengths: &[usize]) {
-    let reference = Batch::new(heads, window, lengths).reference();
+    check_batch(&|| Batch::new(heads, window, lengths));
+}
+
+fn check_batch(new: &(dyn Fn() -> Batch + Sync)) {
+    let reference = new().reference();
     let reference_gradients = reference.backward(None);
-    let portable = Batch::new(heads, window, lengths).forward(Isa::Portable);
+    let portable = new().forward(Isa::Portable);
     let gradients = portable.backward(Some(Isa::Portable));
     assert_close("out", &portable.out, &reference.out, 2e-6);
     assert_close("lse", &portable.lse, &reference.lse, 2e-6);
@@ -77,7 +82,7 @@ fn check(heads: [usize; 3], window: Option<usize>, lengths: &[usize]) {
         for threads in [1, 2, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
-                let batch = Batch::new(heads, window, lengths).forward(isa);
+                let batch = new().forward(isa);
                 assert_eq!(bits(&batch.out), bits(&portable.out), "{isa:?}, {threads} threads");
                 assert_eq!(bits(&batch.lse), bits(&portable.lse), "{isa:?}, {threads} threads");
                 for (found, wanted) in batch.backward(Some(isa)).iter().zip(&gradients) {
@@ -110,6 +115,20 @@ fn windows() {
     for window in [1, 7, 63, 64, 65, 100, 1000] {
         check([1, 2, 32], Some(window), &[150, 2, 64]);
     }
+}
+
+#[test]
+fn both_ways() {
+    let check = |heads: [usize; 3], lengths: &[usize]| {
+        check_batch(&|| {
+            let mut batch = Batch::new(heads, None, lengths);
+            batch.shape.bidirectional = true;
+            batch
+        });
+    };
+    check([2, 1, 32], &[50, 50, 49]);
+    check([2, 2, 16], &[1, 63, 64, 65, 0, 3, 129, 200]);
+    check([1, 3, 20], &[100, 300]);
 }
 
 #[test]
@@ -211,7 +230,8 @@ fn what_is_no_number_stays_none_in_bytes() {
     rows[3] = f32::NAN;
     let mut cache = LayerCache::new(1, 16, CacheFormat::Q8);
     cache.push(&rows, &[1.0; 16]);
-    let shape = AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+    let shape =
+        AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None, bidirectional: false };
     let mut out = vec![0.0; 16];
     attention_cached(&shape, &[1.0; 16], &[CachedSequence { rows: 1, cache: &cache }], &mut out);
     assert!(out[0].is_nan());
@@ -323,7 +343,8 @@ fn a_clone_shares_blocks_and_goes_its_own_way() {
             parts.iter().for_each(|part| cache.push(part, part));
             cache
         };
-        let shape = AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None };
+        let shape =
+            AttentionShape { n_heads: 1, n_kv_heads: 1, head_dim: 16, scale: 0.25, window: None, bidirectional: false };
         let attended = |cache: &LayerCache| {
             let mut out = vec![0.0; 16];
             attention_cached(&shape, &other[..16], &[CachedSequence { rows: 1, cache }], &mut out);

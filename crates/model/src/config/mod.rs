@@ -13,6 +13,8 @@ pub use position::{Rope, RopePairs, RopeScaling};
 pub use uniform::UniformDecoder;
 pub(crate) use validate::check_layer_count;
 
+use moebius_moe::routers::{MethodConfig, MethodLayer};
+
 /// A decoder's shape and constants.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -32,6 +34,10 @@ pub struct ModelConfig {
     pub norm_place: NormPlace,
     /// Constant factors.
     pub scales: Scales,
+    /// A routing method that stands for the families' router in every layer with experts.
+    pub routing: Option<MethodConfig>,
+    /// Layers that only some tokens go through.
+    pub depths: Option<DepthsConfig>,
     /// Whether the output projection is the embedding.
     pub tie_embeddings: bool,
     /// Weight of the load-balancing loss in training.
@@ -40,6 +46,40 @@ pub struct ModelConfig {
     pub bos_token: Option<u32>,
     /// The tokens that end a text.
     pub eos_tokens: Vec<u32>,
+}
+
+/// Mixture-of-Depths (Raposo et al. 2024): a router lets only some tokens through a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DepthsConfig {
+    /// Share of a sequence's tokens that go through, when training.
+    pub share: f64,
+    /// Layer i (from 0) is routed around if i + 1 is a multiple of it.
+    pub every: usize,
+    /// What decides when tokens come one by one.
+    pub sampler: DepthSampler,
+    /// Weight of the sampler's loss in training.
+    pub sampler_loss: f64,
+}
+
+/// What lets a token through when later ones are not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DepthSampler {
+    /// The router's own score, trained to say it.
+    Threshold,
+    /// A small network beside it.
+    Predictor {
+        /// Its inner width.
+        width: usize,
+    },
+    /// A lot: for comparison.
+    Random,
+}
+
+impl DepthsConfig {
+    /// Whether layer `index`, from 0, is routed around.
+    pub fn applies(&self, index: usize) -> bool {
+        (index + 1).is_multiple_of(self.every.max(1))
+    }
 }
 
 /// What a layer is made of.
@@ -120,6 +160,12 @@ impl ModelConfig {
     /// The attention of the first layer that has one; what families with one kind of it write.
     pub fn attention(&self) -> Option<&AttentionConfig> {
         self.layers.iter().find_map(|layer| layer.mixer.attention())
+    }
+
+    /// The layer that a routing method is for, in a feed-forward part with experts.
+    pub(crate) fn method_layer(&self, moe: &MoeFfn) -> MethodLayer {
+        let (hidden, experts, top_k) = (self.hidden, moe.n_experts, moe.router.top_k);
+        MethodLayer { hidden, experts, top_k, vocabulary: self.vocab_size, causal: true }
     }
 
     /// The first feed-forward part with experts.

@@ -82,6 +82,8 @@ impl UniformDecoder<'_> {
             norm: Norm::Rms { eps: self.rms_eps },
             norm_place: NormPlace::Before,
             scales: Scales::default(),
+            routing: None,
+            depths: None,
             tie_embeddings: self.tie_embeddings,
             router_aux_loss_coef: 0.0,
             bos_token: None,

@@ -1,6 +1,6 @@
 //! Contradictions in a configuration, by the key of Hugging Face's spelling.
 
-use super::{AttentionConfig, Ffn, LayerConfig, Mixer, ModelConfig, MoeFfn, Reach, Rope};
+use super::{AttentionConfig, DepthSampler, Ffn, LayerConfig, Mixer, ModelConfig, MoeFfn, Reach, Rope};
 
 /// The largest size that any one dimension may ask for: far above published models, far below what overflows.
 const LARGEST: usize = 1 << 24;
@@ -56,6 +56,30 @@ impl ModelConfig {
                 layer.validate(self.layers.len())?;
             }
             before = Some(layer);
+        }
+        if let Some(depths) = &self.depths {
+            if !(depths.share > 0.0 && depths.share <= 1.0) || depths.every == 0 {
+                let found = format!("found {} and {}", depths.share, depths.every);
+                return Err(("depths", format!("wanted a share above 0 and at most 1, every so many layers, {found}")));
+            }
+            check_number("sampler_loss", 0.0, depths.sampler_loss)?;
+            if let DepthSampler::Predictor { width } = depths.sampler {
+                check_size("predictor_width", width)?;
+            }
+            let windowed = |layer: &LayerConfig| layer.mixer.attention().is_none_or(|a| a.reach.window().is_some());
+            if self.layers.iter().enumerate().any(|(index, layer)| depths.applies(index) && windowed(layer)) {
+                return Err(("depths", "wanted full attention in the layers that tokens go around".into()));
+            }
+        }
+        if let Some(method) = &self.routing {
+            let mut checked = None;
+            for moe in self.layers.iter().filter_map(|layer| layer.ffn.moe()) {
+                let layer = self.method_layer(moe);
+                if checked != Some(layer) {
+                    method.weights(&layer).map_err(|error| ("router", error.to_string()))?;
+                    checked = Some(layer);
+                }
+            }
         }
         let weights = self.count_weights_of(self.layers.len());
         if weights > MOST_WEIGHTS {

@@ -16,6 +16,11 @@ impl<'a> Keys<'a> {
         Self { file, place: String::new(), map }
     }
 
+    /// The file's name, for errors.
+    pub(crate) fn file(&self) -> &'a str {
+        self.file
+    }
+
     /// An error about a key.
     pub(crate) fn error(&self, key: &str, message: impl Into<String>) -> ModelError {
         ModelError::config(self.file, &format!("{}{key}", self.place), message)

@@ -5,6 +5,7 @@ mod keys;
 mod llama;
 mod mistral;
 mod mixtral;
+mod moebius;
 mod olmoe;
 mod qwen2;
 mod qwen3;
@@ -45,7 +46,16 @@ pub struct TensorMap {
 
 /// All families, in the order of their names.
 pub fn all() -> &'static [Family] {
-    &[llama::FAMILY, mistral::FAMILY, mixtral::FAMILY, olmoe::FAMILY, qwen2::FAMILY, qwen3::FAMILY, qwen3_moe::FAMILY]
+    &[
+        llama::FAMILY,
+        mistral::FAMILY,
+        mixtral::FAMILY,
+        moebius::FAMILY,
+        olmoe::FAMILY,
+        qwen2::FAMILY,
+        qwen3::FAMILY,
+        qwen3_moe::FAMILY,
+    ]
 }
 
 /// The family of that name or `model_type`.

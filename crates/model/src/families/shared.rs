@@ -233,10 +233,23 @@ pub(super) fn expert_tensors(
     hidden: usize,
     theirs: &str,
     ours: &str,
+    names: ExpertNames,
+) -> Vec<TensorMap> {
+    let mut all = vec![matrix(&format!("{theirs}.gate"), &format!("{ours}.router"), moe.n_experts, hidden)];
+    all.extend(bank_tensors(moe, hidden, theirs, ours, names));
+    all
+}
+
+/// The tensors of experts `experts.N` alone.
+pub(super) fn bank_tensors(
+    moe: &MoeFfn,
+    hidden: usize,
+    theirs: &str,
+    ours: &str,
     [gate, up, down]: ExpertNames,
 ) -> Vec<TensorMap> {
     let (n_experts, width) = (moe.n_experts, moe.width);
-    let mut all = vec![matrix(&format!("{theirs}.gate"), &format!("{ours}.router"), n_experts, hidden)];
+    let mut all = Vec::new();
     let (ours_gate_up, ours_down) = (format!("{ours}.gate_up"), format!("{ours}.down"));
     for expert in 0..n_experts {
         let theirs = |name: &str| format!("{theirs}.experts.{expert}.{name}");

@@ -85,6 +85,8 @@ fn differentiate(
         plan: plan.get().unwrap().clone(),
         topk_weight: weights.value().clone(),
         topk_index: vec![],
+        losses: vec![],
+        dropped: 0,
         weights,
         logits,
         probabilities,

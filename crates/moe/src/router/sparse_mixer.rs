@@ -48,7 +48,7 @@ pub(super) fn route<'p>(
             dlogits[expert] += slope;
         }
     });
-    Ok(Routing { plan, weights, logits, probabilities, topk_index: index, topk_weight })
+    Ok(Routing::of_family(plan, weights, logits, probabilities, (index, topk_weight)))
 }
 
 /// The best expert that is not among `taken`; `gates` becomes the softmax over it and those nearly as good.

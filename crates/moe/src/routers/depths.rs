@@ -5,13 +5,13 @@
 //!
 //! The choice by rank looks ahead. Two causal samplers stand in for it when decoding: `Threshold`, the score itself,
 //! trained by [`sampler_loss`] so that σ(r) > ½ means chosen; `Predictor`, a small network on x cut off from the
-//! tape, trained by the same loss without touching the model.
+//! tape, trained by the same loss without touching the model. `Random` chooses blindly, as the paper's control does.
 
 use super::math::{pick, scalar, scale_rows, sigmoid};
 use super::selection::{capacity, top_k};
 use crate::MoeError;
 use moebius_kernels::memory::Buffer;
-use moebius_tensor::{Graph, Param, Tensor, Var, ops};
+use moebius_tensor::{Graph, Param, Rng, Tensor, Var, ops};
 
 /// How tokens are chosen when they come one by one.
 #[derive(Debug)]
@@ -26,6 +26,8 @@ pub enum CausalSampler {
         /// `[1, width]`
         outer: Param,
     },
+    /// By lot, whatever the token: for comparison.
+    Random,
 }
 
 /// Routes tokens around a block.
@@ -38,7 +40,7 @@ pub struct MixtureOfDepths {
 }
 
 /// What was chosen, and what it came to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DepthDecision {
     /// Tokens that the block ran on, rising.
     pub chosen: Vec<usize>,
@@ -87,7 +89,7 @@ impl MixtureOfDepths {
     /// The causal sampler's logits, `[tokens]`: a token is taken when its own is above zero.
     fn sample<'p>(&'p self, g: &Graph<'p>, x: &Var, scores: &Var) -> Result<Var, MoeError> {
         Ok(match &self.sampler {
-            CausalSampler::Threshold => scores.clone(),
+            CausalSampler::Threshold | CausalSampler::Random => scores.clone(),
             CausalSampler::Predictor { inner, outer } => {
                 let inner = ops::linear_f32(g, &x.detach(), inner)?;
                 let inner = super::math::map(g, &inner, |v| v.max(0.0), |v| f32::from(u8::from(v > 0.0)));
@@ -99,8 +101,8 @@ impl MixtureOfDepths {
     /// Chooses by rank within each sequence (training): sees the future.
     ///
     /// # Shapes
-    /// x and result `[tokens, hidden]`; `starts` as in [`super::Context::starts`]. `block` gets the chosen rows and which
-    /// tokens they are, and gives their increments.
+    /// x and result `[tokens, hidden]`; `starts` as in [`super::Context::starts`]; `seed` decides what is drawn by lot.
+    /// `block` gets the chosen rows and which tokens they are, and gives their increments.
     ///
     /// # Errors
     /// Less than one token a sequence, or the block's.
@@ -109,14 +111,19 @@ impl MixtureOfDepths {
         g: &Graph<'p>,
         x: &Var,
         starts: &[usize],
+        seed: u64,
         block: impl FnOnce(&Graph<'p>, &Var, &[usize]) -> Result<Var, E>,
     ) -> Result<(Var, DepthDecision), E> {
         let scores = ops::linear_f32(g, x, &self.weight).map_err(MoeError::from)?;
+        let mut ranks = scores.data().to_vec();
+        if matches!(self.sampler, CausalSampler::Random) {
+            Rng::new(seed).fill_uniform(&mut ranks, 0.0, 1.0);
+        }
         let whole = [0, scores.data().len()];
         let starts = if starts.len() < 2 { &whole[..] } else { starts };
         let mut chosen = Vec::new();
         for bounds in starts.windows(2) {
-            let mine = &scores.data()[bounds[0]..bounds[1]];
+            let mine = &ranks[bounds[0]..bounds[1]];
             let take = capacity("depths", self.share, 1, mine.len(), 1)?.min(mine.len());
             let mut best = top_k(mine, take);
             best.sort_unstable();
@@ -128,7 +135,7 @@ impl MixtureOfDepths {
     /// Chooses each token by itself (decoding).
     ///
     /// # Shapes
-    /// As [`MixtureOfDepths::forward`].
+    /// As [`MixtureOfDepths::forward`]; positions `[tokens]`, each token's place in its sequence.
     ///
     /// # Errors
     /// The block's.
@@ -136,11 +143,17 @@ impl MixtureOfDepths {
         &'p self,
         g: &Graph<'p>,
         x: &Var,
+        positions: &[u32],
         block: impl FnOnce(&Graph<'p>, &Var, &[usize]) -> Result<Var, E>,
     ) -> Result<(Var, DepthDecision), E> {
         let scores = ops::linear_f32(g, x, &self.weight).map_err(MoeError::from)?;
         let logits = self.sample(g, x, &scores)?;
-        let chosen = (0..logits.data().len()).filter(|&t| logits.data()[t] > 0.0).collect();
+        let drawn = |position: u32| f64::from(Rng::new(u64::from(position)).uniform()) < self.share;
+        let takes = |t: usize| match self.sampler {
+            CausalSampler::Random => drawn(positions[t]),
+            CausalSampler::Threshold | CausalSampler::Predictor { .. } => logits.data()[t] > 0.0,
+        };
+        let chosen = (0..logits.data().len()).filter(|&t| takes(t)).collect();
         self.run(g, x, &scores, chosen, block)
     }
 
@@ -153,7 +166,11 @@ impl MixtureOfDepths {
         block: impl FnOnce(&Graph<'p>, &Var, &[usize]) -> Result<Var, E>,
     ) -> Result<(Var, DepthDecision), E> {
         let logits = self.sample(g, x, scores)?;
-        let (sampler_loss, agreement) = sampler_loss(g, &logits, &chosen);
+        let (mut sampler_loss, agreement) = sampler_loss(g, &logits, &chosen);
+        if matches!(self.sampler, CausalSampler::Random) {
+            // Nothing is to be guessed.
+            sampler_loss = Var::constant(Tensor::scalar(0.0));
+        }
         if chosen.is_empty() {
             return Ok((x.clone(), DepthDecision { chosen, sampler_loss, agreement }));
         }
@@ -220,7 +237,7 @@ mod tests {
         let (router, g) = (router(0.5), Graph::inference(Precision::F32));
         let x = Var::constant(Tensor::new(&[4, 2], X.to_vec()));
         let (y, decision) = router
-            .forward::<MoeError>(&g, &x, &[0, 2, 4], |_, rows, tokens| {
+            .forward::<MoeError>(&g, &x, &[0, 2, 4], 0, |_, rows, tokens| {
                 assert_eq!((rows.data(), tokens), (&[2.0, 0.0, 0.5, 1.2][..], &[0, 2][..]));
                 Ok(Var::constant(Tensor::new(&[2, 2], vec![1.0; 4])))
             })
@@ -234,7 +251,7 @@ mod tests {
         assert_eq!(decision.agreement, 1.0);
         let one =
             |_: &Graph<'_>, rows: &Var, _: &[usize]| Ok::<_, MoeError>(Var::constant(Tensor::zeros(rows.shape())));
-        assert_eq!(router.forward_causal(&g, &x, one).unwrap().1.chosen, [0, 2]);
+        assert_eq!(router.forward_causal(&g, &x, &[0, 1, 0, 1], one).unwrap().1.chosen, [0, 2]);
     }
 
     #[test]
@@ -245,7 +262,7 @@ mod tests {
             let g = Graph::training(Precision::F32);
             let x = g.variable(Tensor::new(&[4, 2], x.to_vec()));
             let (y, decision) = router
-                .forward::<MoeError>(&g, &x, &[], |g, rows, _| {
+                .forward::<MoeError>(&g, &x, &[], 0, |g, rows, _| {
                     Ok(super::super::math::map(g, rows, |v| v * v, |v| 2.0 * v))
                 })
                 .unwrap();
@@ -276,7 +293,7 @@ mod tests {
         for _ in 0..300 {
             let (g, mut gradients) = (Graph::training(Precision::F32), Gradients::new());
             let x = g.variable(Tensor::new(&[4, 2], X.to_vec()));
-            let (_, decision) = router.forward::<MoeError>(&g, &x, &[], |_, rows, _| Ok(rows.clone())).unwrap();
+            let (_, decision) = router.forward::<MoeError>(&g, &x, &[], 0, |_, rows, _| Ok(rows.clone())).unwrap();
             agreement = decision.agreement;
             assert!(g.backward(&decision.sampler_loss, &mut gradients).get(&x).is_none());
             for param in router.params_mut() {
@@ -288,6 +305,25 @@ mod tests {
     }
 
     #[test]
+    fn a_lot_takes_its_share_and_looks_at_nothing() {
+        let weight = Param::new(0, "w", Tensor::zeros(&[1, 2]));
+        let router = MixtureOfDepths::new(weight, 0.25, CausalSampler::Random).unwrap();
+        let g = Graph::training(Precision::F32);
+        let x = Var::constant(Tensor::zeros(&[400, 2]));
+        let chosen = |seed| {
+            let (_, decision) =
+                router.forward::<MoeError>(&g, &x, &[0, 200, 400], seed, |_, rows, _| Ok(rows.clone())).unwrap();
+            assert_eq!((decision.chosen.len(), decision.sampler_loss.data()), (100, &[0.0][..]));
+            decision.chosen
+        };
+        assert_eq!(chosen(1), chosen(1));
+        assert_ne!(chosen(1), chosen(2));
+        let positions: Vec<u32> = (0..400).collect();
+        let causal = router.forward_causal::<MoeError>(&g, &x, &positions, |_, rows, _| Ok(rows.clone())).unwrap().1;
+        assert!((70..130).contains(&causal.chosen.len()), "{}", causal.chosen.len());
+    }
+
+    #[test]
     fn shares_out_of_range_are_refused() {
         let refuse = |share| {
             let weight = Param::new(0, "w", Tensor::zeros(&[1, 2]));
@@ -296,7 +332,7 @@ mod tests {
         assert_eq!(refuse(0.0), "router depths: option capacity: wanted more than 0 and at most 1, found 0");
         let (router, g) = (router(0.1), Graph::inference(Precision::F32));
         let x = Var::constant(Tensor::zeros(&[4, 2]));
-        let error = router.forward::<MoeError>(&g, &x, &[], |_, rows, _| Ok(rows.clone())).unwrap_err();
+        let error = router.forward::<MoeError>(&g, &x, &[], 0, |_, rows, _| Ok(rows.clone())).unwrap_err();
         assert!(error.to_string().contains("wanted at least 1"), "{error}");
     }
 }

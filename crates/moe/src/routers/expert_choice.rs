@@ -65,12 +65,23 @@ fn capped(scores: &[f32], experts: usize, take: usize, cap: usize, lambda: f64, 
     a
 }
 
+impl ExpertChoice {
+    /// The factor that gives each expert one of `tokens` tokens.
+    fn least(&self, tokens: usize) -> f64 {
+        let [experts, _] = *self.weight.shape() else { unreachable!("a matrix") };
+        experts as f64 / tokens.max(1) as f64
+    }
+}
+
 impl RoutingMethod for ExpertChoice {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, _: &Context<'_>) -> Result<Decision, MoeError> {
         let logits = ops::linear_f32(g, x, &self.weight)?;
         let [tokens, experts] = logits.dims()?;
         let probabilities = softmax(g, &logits)?;
-        let take = capacity("expert_choice", self.experts_per_token, 1, tokens, experts)?.min(tokens);
+        // Decoding brings fewer tokens than an expert's share: then it takes one.
+        let factor =
+            if g.is_training() { self.experts_per_token } else { self.experts_per_token.max(self.least(tokens)) };
+        let take = capacity("expert_choice", factor, 1, tokens, experts)?.min(tokens);
         let affinity = if self.cap == 0 {
             probabilities.data().to_vec()
         } else {

@@ -62,6 +62,9 @@ pub fn dispersed_table(clusters: &[u32], experts: usize) -> Vec<u32> {
     table
 }
 
+/// Ids times experts that tables may be made for: far above published models, far below what takes minutes.
+const MOST_PAIRS: usize = 1 << 29;
+
 /// Routes by the ids of [`Context::token_ids`].
 #[derive(Debug)]
 struct Hash {
@@ -80,6 +83,10 @@ pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, Moe
         return Err(setup.refuse("it routes by token id and needs a vocabulary"));
     }
     let (each, ids) = (setup.experts / hashes, setup.vocabulary);
+    if ids.saturating_mul(setup.experts) > MOST_PAIRS {
+        let reason = format!("wanted at most {MOST_PAIRS} pairs of an id and an expert, found {ids} ids");
+        return Err(setup.refuse(reason));
+    }
     let seed = setup.count("seed", 42, 0..=1 << 52)? as u64;
     let table = setup.word("table", &["random", "balanced"])?;
     let tables = (0..hashes as u64).map(|i| match table {

@@ -107,6 +107,11 @@ impl RoutingMethod for Hierarchical {
         Ok(Decision { losses, ..Decision::new(plan, weights, secondary.clean, inner) })
     }
 
+    /// Zero, as noisy top-k's.
+    fn initial_deviation(&self, _: &Param) -> Option<f32> {
+        Some(0.0)
+    }
+
     fn params(&self) -> Vec<&Param> {
         vec![&self.primary.gate, &self.primary.noise, &self.secondary.gate, &self.secondary.noise]
     }

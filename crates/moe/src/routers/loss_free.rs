@@ -3,21 +3,17 @@
 //! falls). V3 adds a sequence-wise loss with a small coefficient, its shares counted before the bias.
 
 use super::balancing::{sequence_balance_loss, share_loss};
-use super::math::{normalised, row_scores, sigmoid, softmax};
-use super::selection::{plan_of_choices, top_k_rows};
+use super::math::sigmoid;
+use super::selection::top_k_rows;
+use super::top_k::groups;
 use super::{AuxiliaryLoss, Context, Decision, RoutingMethod, Setup};
-use crate::MoeError;
-use moebius_tensor::{Graph, Param, Var, ops};
+use crate::{MoeError, Normalise, Router, RouterSettings, Routing, Score, TopKRouter};
+use moebius_tensor::{Graph, Param, Var};
 
 #[derive(Debug)]
 struct LossFree {
-    weight: Param,
-    /// `[experts]`; no gradient ever reaches it.
-    bias: Param,
-    top_k: usize,
-    sigmoid: bool,
-    renormalise: bool,
-    scale: f32,
+    /// Its selection bias `[experts]` is what follows the load; no gradient ever reaches it.
+    router: TopKRouter,
     rate: f32,
     sequence: f32,
     balance: f32,
@@ -25,17 +21,24 @@ struct LossFree {
 
 pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, MoeError> {
     let top_k = setup.top_k_up_to(setup.experts)?;
-    let renormalise = setup.flag("renormalise", true)?;
-    if top_k == 1 && renormalise {
+    let score = if setup.word("score", &["sigmoid", "softmax"])? == 0 { Score::Sigmoid } else { Score::Softmax };
+    // What DeepSeek-V3's code adds to the sum.
+    let normalise = if setup.flag("renormalise", true)? { Normalise::Sum { plus: 1e-20 } } else { Normalise::None };
+    let settings = RouterSettings {
+        score,
+        selection_bias: true,
+        groups: groups(setup)?,
+        normalise,
+        scale: setup.number("scale", 1.0, 1e-6..=1e6)? as f32,
+        ..RouterSettings::softmax(top_k, false)
+    };
+    if settings.has_no_gradient() {
         return Err(MoeError::NoRouterGradient);
     }
+    let weight = setup.score_weight("router")?;
+    let bias = (setup.param)("selection_bias", &[setup.experts])?;
     Ok(Box::new(LossFree {
-        weight: setup.score_weight("router")?,
-        bias: (setup.param)("router_bias", &[setup.experts])?,
-        top_k,
-        sigmoid: setup.word("score", &["sigmoid", "softmax"])? == 0,
-        renormalise,
-        scale: setup.number("scale", 1.0, 1e-6..=1e6)? as f32,
+        router: TopKRouter::with(weight, [None, Some(bias)], settings)?,
         rate: setup.number("rate", 1e-3, 0.0..=1.0)? as f32,
         sequence: setup.number("sequence", 1e-4, 0.0..=10.0)? as f32,
         balance: setup.number("balance", 0.0, 0.0..=10.0)? as f32,
@@ -44,23 +47,16 @@ pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, Moe
 
 impl RoutingMethod for LossFree {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, context: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
-        let [_, experts] = logits.dims()?;
-        let probabilities = softmax(g, &logits)?;
-        let scores = if self.sigmoid { sigmoid(g, &logits) } else { probabilities.clone() };
-        let bias = self.bias.value().data();
-        let biased: Vec<f32> = scores.data().iter().enumerate().map(|(i, s)| s + bias[i % experts]).collect();
-        let choices = top_k_rows(&biased, experts, self.top_k);
-        let plan = plan_of_choices(experts, &choices)?;
-        let raw = row_scores(g, &scores, &plan);
-        let weights =
-            if self.renormalise { normalised(g, &raw, &plan, self.scale) } else { ops::scale(g, &raw, self.scale) };
-        let mut chosen = vec![false; biased.len()];
-        for (t, best) in top_k_rows(scores.data(), experts, self.top_k).iter().enumerate() {
+        let Routing { plan, weights, logits, probabilities, .. } = self.router.route(g, x)?;
+        let (top_k, experts) = (self.router.settings().top_k, plan.n_experts());
+        let is_sigmoid = self.router.settings().score == Score::Sigmoid;
+        let scores = if is_sigmoid { sigmoid(g, &logits) } else { probabilities.clone() };
+        let mut chosen = vec![false; scores.data().len()];
+        for (t, best) in top_k_rows(scores.data(), experts, top_k).iter().enumerate() {
             best.iter().for_each(|e| chosen[t * experts + e] = true);
         }
         let counts: Vec<u64> = plan.counts().into_iter().map(|count| count as u64).collect();
-        let sequence = sequence_balance_loss(g, &scores, &chosen, self.top_k, context.starts);
+        let sequence = sequence_balance_loss(g, &scores, &chosen, top_k, context.starts);
         let losses = vec![
             AuxiliaryLoss { name: "sequence", coefficient: self.sequence, value: sequence },
             AuxiliaryLoss { name: "balance", coefficient: self.balance, value: share_loss(g, &probabilities, &counts) },
@@ -69,16 +65,17 @@ impl RoutingMethod for LossFree {
     }
 
     fn params(&self) -> Vec<&Param> {
-        vec![&self.weight, &self.bias]
+        Router::params(&self.router)
     }
 
     fn params_mut(&mut self) -> Vec<&mut Param> {
-        vec![&mut self.weight, &mut self.bias]
+        Router::params_mut(&mut self.router)
     }
 
     fn after_step(&mut self, counts: &[u64]) {
         let (rate, total, n) = (self.rate, counts.iter().sum::<u64>(), counts.len() as u64);
-        self.bias.update(|bias| {
+        let bias = self.router.selection_bias_mut().expect("its settings speak of it");
+        bias.update(|bias| {
             for (b, &count) in bias.iter_mut().zip(counts) {
                 // In whole numbers, so that an even load leaves the bias alone.
                 *b += match (count * n).cmp(&total) {
@@ -100,15 +97,22 @@ mod tests {
     fn router(rate: f32) -> LossFree {
         let weight = Tensor::new(&[3, 3], vec![1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]);
         let (weight, bias) = (Param::new(0, "w", weight), Param::new(1, "b", Tensor::zeros(&[3])));
-        let (sequence, balance) = (0.0, 0.0);
-        LossFree { weight, bias, top_k: 2, sigmoid: true, renormalise: true, scale: 2.5, rate, sequence, balance }
+        let settings = RouterSettings {
+            score: Score::Sigmoid,
+            selection_bias: true,
+            scale: 2.5,
+            ..RouterSettings::softmax(2, true)
+        };
+        let router = TopKRouter::with(weight, [None, Some(bias)], settings).unwrap();
+        LossFree { router, rate, sequence: 0.0, balance: 0.0 }
     }
 
     #[test]
     fn overload_lowers_the_bias() {
         let mut router = router(0.25);
         router.after_step(&[4, 2, 0]);
-        assert_eq!(router.bias.value().data(), [-0.25, 0.0, 0.25]);
+        let bias = router.router.selection_bias_mut().unwrap();
+        assert_eq!(bias.value().data(), [-0.25, 0.0, 0.25]);
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod hash;
 mod hierarchical;
 mod loss_free;
 pub(crate) mod math;
+mod method;
 pub mod mixtures;
 mod noisy_top_k;
 mod options;
@@ -34,7 +35,8 @@ pub use assignment::auction;
 pub use balancing::{GlobalCounts, global_balance_loss, sequence_balance_loss};
 pub use depths::{CausalSampler, DepthDecision, MixtureOfDepths, sampler_loss};
 pub use hash::{balanced_table, clustered_table, dispersed_table, random_table};
-pub use options::{OptionValue, Options, Setup};
+pub use method::{MethodConfig, MethodLayer, MethodWeight};
+pub use options::{MakeParam, OptionValue, Options, Setup};
 pub use soft::SoftMoe;
 
 use crate::{MoeError, Plan};
@@ -99,7 +101,7 @@ impl Decision {
 }
 
 /// Chooses experts for tokens. Works in f32 whatever the graph's precision.
-pub trait RoutingMethod: Debug {
+pub trait RoutingMethod: Debug + Send + Sync {
     /// Decides about the rows of x `[tokens, hidden]`.
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, context: &Context<'_>) -> Result<Decision, MoeError>;
 
@@ -108,6 +110,13 @@ pub trait RoutingMethod: Debug {
 
     /// Its weights, to be changed.
     fn params_mut(&mut self) -> Vec<&mut Param>;
+
+    /// Deviation of the normal numbers, cut off at two of it, that one of its weights begins with; none: as the model's
+    /// other weights.
+    fn initial_deviation(&self, weight: &Param) -> Option<f32> {
+        let _ = weight;
+        None
+    }
 
     /// Told once an optimiser step how many assignments each expert had in the whole batch; for methods that balance
     /// without a gradient.
@@ -127,6 +136,10 @@ impl RoutingMethod for Box<dyn RoutingMethod> {
 
     fn params_mut(&mut self) -> Vec<&mut Param> {
         (**self).params_mut()
+    }
+
+    fn initial_deviation(&self, weight: &Param) -> Option<f32> {
+        (**self).initial_deviation(weight)
     }
 
     fn after_step(&mut self, counts: &[u64]) {

@@ -139,6 +139,11 @@ impl RoutingMethod for NoisyTopK {
         Ok(Decision { losses, ..decision })
     }
 
+    /// Zero: at first the noise alone chooses, evenly (Shazeer et al. 2017, appendix A).
+    fn initial_deviation(&self, _: &Param) -> Option<f32> {
+        Some(0.0)
+    }
+
     fn params(&self) -> Vec<&Param> {
         vec![&self.gate.gate, &self.gate.noise]
     }

@@ -38,7 +38,7 @@ impl From<&str> for OptionValue {
 pub type Options = BTreeMap<String, OptionValue>;
 
 /// Makes a weight from its name and shape.
-type MakeParam<'a> = dyn FnMut(&str, &[usize]) -> Result<Param, MoeError> + 'a;
+pub type MakeParam<'a> = dyn FnMut(&str, &[usize]) -> Result<Param, MoeError> + 'a;
 
 /// What a router is built from.
 pub struct Setup<'a> {

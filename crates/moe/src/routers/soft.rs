@@ -5,6 +5,7 @@
 
 use super::math::softmax;
 use crate::{ExpertBank, MoeError, Plan};
+use moebius_kernels::gemm::{Beta, Mat, Packed, Precision, grouped_matmul, grouped_matmul_weight_gradient};
 use moebius_kernels::memory::Buffer;
 use moebius_tensor::{Graph, Param, Tensor, TensorError, Var};
 use std::rc::Rc;
@@ -62,24 +63,35 @@ impl SoftMoe {
     /// # Errors
     /// Another width of x.
     pub fn forward<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Var, MoeError> {
+        self.forward_groups(g, x, 1)
+    }
+
+    /// As [`SoftMoe::forward`] for `groups` groups of as many tokens each, as images are: tokens see their own group.
+    ///
+    /// # Shapes
+    /// x and result `[groups * tokens, hidden]`, group by group.
+    ///
+    /// # Errors
+    /// Another width of x, or tokens that the groups do not share evenly.
+    pub fn forward_groups<'p>(&'p self, g: &Graph<'p>, x: &Var, groups: usize) -> Result<Var, MoeError> {
         let [n_slots, hidden] = self.slots.value().dims()?;
-        let [tokens, width] = x.dims()?;
-        if width != hidden {
-            let (wanted, found) = (vec![tokens, hidden], vec![tokens, width]);
+        let [rows, width] = x.dims()?;
+        if width != hidden || groups == 0 || !rows.is_multiple_of(groups) {
+            let (wanted, found) = (vec![groups, hidden], vec![rows, width]);
             return Err(TensorError::Shape { what: "soft layer's input", wanted, found }.into());
         }
         let (slots, scale) = (weight(g, &self.slots), weight(g, &self.scale));
-        let cosines = times(g, &unit_rows(g, x)?, &transposed(g, &unit_rows(g, &slots)?)?)?;
+        let cosines = times(g, &unit_rows(g, x)?, &transposed(g, &unit_rows(g, &slots)?, 1)?, 1)?;
         let logits = times_scalar(g, &cosines, &scale);
-        // [slots, tokens]: softmax over tokens.
-        let dispatch = softmax(g, &transposed(g, &logits)?)?;
-        let inputs = times(g, &dispatch, x)?;
+        // [groups * slots, tokens]: softmax over tokens.
+        let dispatch = softmax(g, &transposed(g, &logits, groups)?)?;
+        let inputs = times(g, &dispatch, x, groups)?;
         let each = n_slots / self.n_experts;
-        let choices: Vec<u32> = (0..n_slots).map(|slot| (slot / each) as u32).collect();
+        let choices: Vec<u32> = (0..groups * n_slots).map(|slot| (slot % n_slots / each) as u32).collect();
         let plan = Rc::new(Plan::from_choices(self.n_experts, 1, &choices)?);
-        let ones = Var::constant(Tensor::new(&[n_slots], vec![1.0; n_slots]));
+        let ones = Var::constant(Tensor::new(&[choices.len()], vec![1.0; choices.len()]));
         let outputs = self.experts.forward(g, &inputs, &plan, &ones)?;
-        times(g, &softmax(g, &logits)?, &outputs)
+        times(g, &softmax(g, &logits)?, &outputs, groups)
     }
 }
 
@@ -88,37 +100,59 @@ fn weight<'p>(g: &Graph<'p>, param: &'p Param) -> Var {
     g.record(param.value().clone(), move |dw, back| back.give_weight(param, dw))
 }
 
-fn transpose(x: &[f32], rows: usize, cols: usize) -> Buffer<f32> {
-    (0..rows * cols).map(|i| x[i % rows * cols + i / rows]).collect()
-}
-
-fn transposed<'p>(g: &Graph<'p>, x: &Var) -> Result<Var, MoeError> {
-    let [rows, cols] = x.dims()?;
-    let to_x = x.place();
-    let output = Tensor::new(&[cols, rows], transpose(x.data(), rows, cols));
-    Ok(g.record_from(&[x], output, move |dy, back| back.give(to_x, transpose(&dy, cols, rows))))
-}
-
-/// a `[m, k]` · b `[k, n]`, f32 whatever the precision.
-fn product(a: &[f32], b: &[f32], k: usize, n: usize) -> Buffer<f32> {
-    let mut out = Buffer::zeroed(a.len() / k.max(1) * n);
-    for (row, out) in a.chunks_exact(k).zip(out.chunks_exact_mut(n)) {
-        for (a, b) in row.iter().zip(b.chunks_exact(n)) {
-            out.iter_mut().zip(b).for_each(|(out, b)| *out += a * b);
+/// Each of `groups` matrices `[rows, cols]`, one below the other, turned.
+fn transpose(x: &[f32], groups: usize, rows: usize, cols: usize) -> Buffer<f32> {
+    let mut turned = Buffer::scratch(groups * rows * cols);
+    for (x, turned) in x.chunks_exact((rows * cols).max(1)).zip(turned.chunks_exact_mut((rows * cols).max(1))) {
+        for (r, row) in x.chunks_exact(cols).enumerate() {
+            row.iter().enumerate().for_each(|(c, &value)| turned[c * rows + r] = value);
         }
     }
-    out
+    turned
 }
 
-/// a `[m, k]` · b `[k, n]`.
-fn times<'p>(g: &Graph<'p>, a: &Var, b: &Var) -> Result<Var, MoeError> {
-    let ([m, k], [_, n]) = (a.dims()?, b.dims()?);
-    let output = Tensor::new(&[m, n], product(a.data(), b.data(), k, n));
+fn transposed<'p>(g: &Graph<'p>, x: &Var, groups: usize) -> Result<Var, MoeError> {
+    let [all, cols] = x.dims()?;
+    let (to_x, rows) = (x.place(), all / groups);
+    let output = Tensor::new(&[groups * cols, rows], transpose(x.data(), groups, rows, cols));
+    Ok(g.record_from(&[x], output, move |dy, back| back.give(to_x, transpose(&dy, groups, cols, rows))))
+}
+
+/// a `[groups * m, k]` · b `[groups * k, n]` group by group, f32 whatever the graph's precision.
+fn times<'p>(g: &Graph<'p>, a: &Var, b: &Var, groups: usize) -> Result<Var, MoeError> {
+    let ([a_rows, k], [_, n]) = (a.dims()?, b.dims()?);
+    let m = a_rows / groups;
+    let offsets: Vec<usize> = (0..=groups).map(|group| group * m).collect();
+    let mut y = Buffer::scratch(a_rows * n);
+    product(a.data(), [a_rows, k], &matrices(b.data(), k, n), &offsets, &mut y);
+    let output = Tensor::new(&[a_rows, n], y);
     let (to_a, to_b, a_value, b_value) = (a.place(), b.place(), a.value().clone(), b.value().clone());
     Ok(g.record_from(&[a, b], output, move |dy, back| {
-        back.give(to_a, product(&dy, &transpose(b_value.data(), k, n), n, k));
-        back.give(to_b, product(&transpose(a_value.data(), m, k), &dy, m, n));
+        if back.wants(to_a) {
+            let turned: Vec<Mat<'_>> = matrices(b_value.data(), k, n).into_iter().map(Mat::t).collect();
+            let mut da = Buffer::scratch(a_rows * k);
+            product(&dy, [a_rows, n], &turned, &offsets, &mut da);
+            back.give(to_a, da);
+        }
+        if back.wants(to_b) {
+            // Aᵀ dY of each group, as a weight's gradient is.
+            let mut db = Buffer::scratch(b_value.data().len());
+            let (a, dy) = (Mat::new(a_value.data(), a_rows, k), Mat::new(&dy, a_rows, n));
+            grouped_matmul_weight_gradient(Precision::F32, a, dy, &offsets, &mut db, Beta::Overwrite);
+            back.give(to_b, db);
+        }
     }))
+}
+
+/// The matrices `[k, n]` that stand one below the other.
+fn matrices(b: &[f32], k: usize, n: usize) -> Vec<Mat<'_>> {
+    b.chunks_exact((k * n).max(1)).map(|b| Mat::new(b, k, n)).collect()
+}
+
+/// The rows of each group of a `[rows, k]` times that group's matrix.
+fn product(a: &[f32], [rows, k]: [usize; 2], b: &[Mat<'_>], offsets: &[usize], y: &mut [f32]) {
+    let packed = Packed::pack_many(Precision::F32, b);
+    grouped_matmul(Mat::new(a, rows, k), offsets, &packed, y, Beta::Overwrite);
 }
 
 fn times_scalar<'p>(g: &Graph<'p>, x: &Var, factor: &Var) -> Var {
@@ -153,7 +187,6 @@ fn unit_rows<'p>(g: &Graph<'p>, x: &Var) -> Result<Var, MoeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moebius_kernels::gemm::Precision;
     use moebius_tensor::{Gradients, Rng};
     use moebius_testkit::check_gradient;
 
@@ -200,6 +233,23 @@ mod tests {
                 at(&all)
             });
         }
+    }
+
+    #[test]
+    fn groups_do_not_see_each_other() {
+        let all = random(8);
+        let soft = layer(&all);
+        let g = Graph::inference(Precision::F32);
+        let forward = |x: &[f32], groups: usize| {
+            let x = Var::constant(Tensor::new(&[x.len() / 5, 5], x.to_vec()));
+            soft.forward_groups(&g, &x, groups).unwrap().data().to_vec()
+        };
+        let (first, second) = (all[0].data(), all[1].data());
+        let both = [first, &second[..20]].concat();
+        let alone = [forward(first, 1), forward(&second[..20], 1)].concat();
+        moebius_testkit::same_bits("two groups", &forward(&both, 2), &alone);
+        let odd = Var::constant(Tensor::zeros(&[5, 5]));
+        assert!(soft.forward_groups(&g, &odd, 2).is_err());
     }
 
     #[test]

@@ -49,6 +49,16 @@ const CASES: &[Case] = &[
     Case { flags: LEAK, words: &[("weight", "sigmoid")], ..case("sinkhorn", 1, true) },
     Case { options: &[("sequence", 0.5), ("balance", 0.5), ("scale", 2.5)], ..case("loss_free", 2, true) },
     Case { words: &[("score", "softmax")], ..case("loss_free", 2, true) },
+    Case { options: &[("groups", 3.0), ("groups_per_token", 2.0)], ..case("loss_free", 2, false) },
+    Case { words: &[("score", "sigmoid")], options: &[("scale", 2.0)], ..case("top_k", 2, true) },
+    Case { words: &[("score", "softmax_of_chosen")], flags: &["bias"], ..case("top_k", 2, true) },
+    Case { words: &[("score", "sigmoid_of_chosen")], ..case("top_k", 1, true) },
+    Case { words: &[("score", "sparse_mixer")], options: &[("jitter", 1.0)], ..case("top_k", 2, true) },
+    Case {
+        words: &[("group_score", "best")],
+        options: &[("groups", 3.0), ("groups_per_token", 1.0)],
+        ..case("top_k", 2, false)
+    },
     Case { options: &[("devices", 3.0), ("devices_per_token", 2.0), ("scale", 4.0)], ..case("deepseek_v2", 2, false) },
     case("forced", 2, false),
     Case { flags: LEAK, words: &[("by", "quantile")], ..case("forced", 2, true) },
@@ -152,7 +162,7 @@ fn gradients_agree(case: &Case, seed: u64) -> Result<(), String> {
     .map_err(|complaint| format!("x{complaint}"))?;
     for (id, param) in layer.router.params().iter().enumerate() {
         let Some(gradient) = gradients.get(id) else {
-            assert!(param.name() == "router_bias", "{}: nothing reached {}", case.label(), param.name());
+            assert!(param.name() == "selection_bias", "{}: nothing reached {}", case.label(), param.name());
             continue;
         };
         let mut moved = values.clone();

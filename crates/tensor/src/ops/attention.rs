@@ -1,11 +1,11 @@
-//! Causal attention over the sequences of a ragged batch.
+//! Attention over the sequences of a ragged batch.
 
 use super::rows_of;
 use crate::{Graph, Tensor, TensorError, Var};
 use moebius_kernels::attention::{AttentionShape, Saved, attention_backward, attention_forward};
 use moebius_kernels::memory::Buffer;
 
-/// softmax(scale * q kᵀ, causal within each sequence) v; query heads share key and value heads in equal groups.
+/// softmax(scale * q kᵀ, within each sequence, causal unless `shape` looks both ways) v; query heads share key and value heads in equal groups.
 ///
 /// # Shapes
 /// q `[tokens, n_heads * head_dim]`, k and v `[tokens, n_kv_heads * head_dim]`, `starts` `[sequences + 1]` the first row
@@ -53,7 +53,8 @@ mod tests {
     #[test]
     fn gradients_match_finite_differences() {
         for window in [None, Some(2)] {
-            let shape = AttentionShape { n_heads: 2, n_kv_heads: 1, head_dim: 4, scale: 0.5, window };
+            let shape =
+                AttentionShape { n_heads: 2, n_kv_heads: 1, head_dim: 4, scale: 0.5, window, bidirectional: false };
             check_gradients(&[random(&[5, 8], 1), random(&[5, 4], 2), random(&[5, 4], 3)], |g, x| {
                 attention(g, &x[0], &x[1], &x[2], &shape, &[0, 4, 5]).unwrap()
             });

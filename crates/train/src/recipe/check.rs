@@ -4,53 +4,69 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 
 use super::locate::Located;
-use super::{Export, Recipe, presets};
+use super::{Export, Recipe, RoutedLayer, presets};
 
 /// A rule that a recipe breaks.
-pub(super) struct Violation {
+pub(crate) struct Violation {
     /// The dotted key to blame.
-    pub(super) key: String,
+    pub(crate) key: String,
     /// What was wanted and what was found.
-    pub(super) message: String,
+    pub(crate) message: String,
 }
 
 /// Collects what is wrong, in the order of the checks.
-pub(super) struct Checks(Vec<Violation>);
+#[derive(Default)]
+pub(crate) struct Checks(Vec<Violation>);
 
 impl Checks {
-    pub(super) fn require(&mut self, holds: bool, key: &str, wanted: impl Display, found: impl Display) {
+    /// The first complaint.
+    pub(crate) fn first(self) -> Option<Violation> {
+        self.0.into_iter().next()
+    }
+
+    /// Whether there is nothing to complain about so far.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// A complaint in words of its own.
+    pub(crate) fn complain(&mut self, key: &str, message: String) {
+        self.0.push(Violation { key: key.to_owned(), message });
+    }
+
+    pub(crate) fn require(&mut self, holds: bool, key: &str, wanted: impl Display, found: impl Display) {
         if !holds {
-            self.0.push(Violation { key: key.to_owned(), message: format!("wanted {wanted}, found {found}") });
+            self.complain(key, format!("wanted {wanted}, found {found}"));
         }
     }
 
-    pub(super) fn count(&mut self, key: &str, value: usize, range: RangeInclusive<usize>) {
+    pub(crate) fn count(&mut self, key: &str, value: usize, range: RangeInclusive<usize>) {
         self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
     }
 
     /// A key without a general default that neither the file nor a preset gives.
-    pub(super) fn present(&mut self, located: &Located<'_>, key: &str, is_set: bool) {
+    pub(crate) fn present(&mut self, located: &Located<'_>, key: &str, is_set: bool) {
         if !located.says(key) && !is_set {
-            self.0.push(Violation { key: key.to_owned(), message: "missing".to_owned() });
+            self.complain(key, "missing".to_owned());
         }
     }
 
     /// A number in `range`; NaN is in no range.
-    pub(super) fn number(&mut self, key: &str, value: f64, range: RangeInclusive<f64>) {
+    pub(crate) fn number(&mut self, key: &str, value: f64, range: RangeInclusive<f64>) {
         self.require(range.contains(&value), key, format!("{} to {}", range.start(), range.end()), value);
     }
 }
 
 /// The first rule that `recipe` breaks, if any.
 pub(super) fn first_violation(recipe: &Recipe, located: &Located<'_>) -> Option<Violation> {
-    let mut checks = Checks(Vec::new());
+    let mut checks = Checks::default();
     model(recipe, located, &mut checks);
     experts(recipe, located, &mut checks);
     data(recipe, &mut checks);
     train(recipe, &mut checks);
     super::optimizer::check(recipe, located, &mut checks);
     super::watch::check(recipe, &mut checks);
-    checks.0.into_iter().next()
+    checks.first()
 }
 
 fn model(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
@@ -96,21 +112,38 @@ fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
     match (model.experts, model.experts_per_token) {
         (Some(experts), chosen) => {
             checks.count("model.experts", experts, 2..=4096);
-            // With one expert a token its weight is 1 whatever the router says: the router would never learn.
-            let wanted =
-                format!("2 to model.experts = {experts} (with 1, weights that sum to one teach the router nothing)");
+            // With one expert a token its weight is 1 whatever the router says: the router would never learn. A routing
+            // method says by itself what it refuses.
+            let (least, why) = match recipe.router {
+                None => (2, " (with 1, weights that sum to one teach the router nothing)"),
+                Some(_) => (1, ""),
+            };
+            let wanted = format!("{least} to model.experts = {experts}{why}");
             let found = chosen.map_or("nothing".to_owned(), |k| k.to_string());
-            let fits = chosen.is_some_and(|k| (2..=experts).contains(&k));
+            let fits = chosen.is_some_and(|k| (least..=experts).contains(&k));
             checks.require(fits, "model.experts_per_token", wanted, found);
+            checks.count("model.experts_every", model.experts_every, 1..=model.layers.max(1));
+            if let Some(width) = model.dense_ffn {
+                checks.count("model.dense_ffn", width, 1..=1 << 20);
+                let between = "no such key without dense layers (model.experts_every above 1)";
+                checks.require(model.experts_every > 1, "model.dense_ffn", between, width);
+            }
+            if let (Some(router), Some(top_k), true) = (&recipe.router, chosen, checks.is_empty()) {
+                let (vocabulary, top_k_key) = (recipe.tokenizer.vocab_size, "model.experts_per_token");
+                router.check(&RoutedLayer { experts, top_k, vocabulary, causal: true, top_k_key }, checks);
+            }
         }
         (None, Some(chosen)) => {
             checks.require(false, "model.experts_per_token", "no such key in a dense model (no model.experts)", chosen);
         }
         (None, None) => {
-            for key in ["balance.load_balancing", "balance.z"] {
+            for key in ["balance.load_balancing", "balance.z", "router", "model.experts_every", "model.dense_ffn"] {
                 checks.require(!located.says(key), key, "no such key in a dense model (no model.experts)", "one");
             }
         }
+    }
+    if let Some(depths) = &recipe.depths {
+        depths.check(model.layers, recipe.train.sequence_length, checks);
     }
     checks.number("balance.load_balancing", recipe.balance.load_balancing, 0.0..=10.0);
     checks.number("balance.z", recipe.balance.z, 0.0..=10.0);

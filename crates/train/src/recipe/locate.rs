@@ -7,7 +7,7 @@ use toml::de::{DeTable, DeValue};
 use crate::TrainError;
 
 /// The sections that every recipe has.
-const SECTIONS: [&str; 5] = ["model", "tokenizer", "data", "train", "optimizer"];
+const SECTIONS: [&str; 6] = ["model", "vision", "tokenizer", "data", "train", "optimizer"];
 
 /// A key of the file with the bytes of its name and of its value.
 struct Entry {
@@ -17,7 +17,7 @@ struct Entry {
 }
 
 /// A parsed TOML text in which every key can be found again.
-pub(super) struct Located<'a> {
+pub(crate) struct Located<'a> {
     file: &'a str,
     text: &'a str,
     entries: Vec<Entry>,
@@ -25,7 +25,7 @@ pub(super) struct Located<'a> {
 
 impl<'a> Located<'a> {
     /// Parses `text` for its structure alone.
-    pub(super) fn parse(file: &'a str, text: &'a str) -> Result<Self, TrainError> {
+    pub(crate) fn parse(file: &'a str, text: &'a str) -> Result<Self, TrainError> {
         let mut located = Self { file, text, entries: Vec::new() };
         let table = DeTable::parse(text).map_err(|error| TrainError::Syntax {
             file: file.to_owned(),
@@ -37,12 +37,12 @@ impl<'a> Located<'a> {
     }
 
     /// Whether the file itself says `key` (rather than leaving it to its default).
-    pub(super) fn says(&self, key: &str) -> bool {
+    pub(crate) fn says(&self, key: &str) -> bool {
         self.entries.iter().any(|entry| entry.key == key)
     }
 
     /// An error at `key`: on its line, else on its section's, else on the first.
-    pub(super) fn error(&self, key: &str, message: String) -> TrainError {
+    pub(crate) fn error(&self, key: &str, message: String) -> TrainError {
         let section = key.split('.').next().unwrap_or(key);
         let find = |wanted: &str| self.entries.iter().find(|entry| entry.key == wanted);
         let start = find(key).or_else(|| find(section)).map_or(0, |entry| entry.name.start);
@@ -50,7 +50,7 @@ impl<'a> Located<'a> {
     }
 
     /// The deserialiser's complaint in our words, at the key it is about.
-    pub(super) fn explain(&self, error: &toml::de::Error) -> TrainError {
+    pub(crate) fn explain(&self, error: &toml::de::Error) -> TrainError {
         let start = error.span().map_or(0, |span| span.start);
         let message = error.message().trim();
         if let Some(field) = between_ticks(message.strip_prefix("missing field ")) {

@@ -5,9 +5,11 @@
 //! Paths in a recipe are relative to the recipe's own folder, so that a run does not depend on where it is started.
 
 mod check;
-mod locate;
+mod depths;
+pub(crate) mod locate;
 mod optimizer;
 pub mod presets;
+mod router;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -20,6 +22,12 @@ use crate::{Result, TrainError};
 use locate::Located;
 pub use optimizer::{Group, Groups, OptimizerKind, OptimizerSection, ScheduleKind};
 pub use watch::{SampleSection, SpikeAction, SpikeSection};
+
+pub(crate) use check::Checks;
+pub use depths::{DepthsSection, RecipeSampler};
+pub(crate) use optimizer::check_section as check_optimizer;
+pub(crate) use router::RoutedLayer;
+pub use router::RouterSection;
 
 /// One training run, as `recipes/*.toml` writes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +45,12 @@ pub struct Recipe {
     /// `[optimizer]`: the method and its schedule.
     #[serde(default)]
     pub optimizer: OptimizerSection,
+    /// `[router]`: the routing method, in place of the softmax router of Mixtral.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterSection>,
+    /// `[depths]`: layers that only some tokens go through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depths: Option<DepthsSection>,
     /// `[balance]`: what keeps the experts evenly loaded.
     #[serde(default)]
     pub balance: BalanceSection,
@@ -83,6 +97,12 @@ pub struct ModelSection {
     /// Number of experts that each token is given to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts_per_token: Option<usize>,
+    /// Every so many layers one has experts, the last of them; the others are dense (GLaM: 2).
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub experts_every: usize,
+    /// Inner width of the dense layers between; `ffn` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense_ffn: Option<usize>,
     /// Number of positions that the model declares (`max_position_embeddings`).
     #[serde(default)]
     pub context: usize,
@@ -239,6 +259,9 @@ impl Default for TokenizerSection {
 fn one() -> usize {
     1
 }
+fn is_one(value: &usize) -> bool {
+    *value == 1
+}
 fn two() -> u64 {
     2
 }
@@ -321,27 +344,30 @@ impl Recipe {
     /// The first key, in alphabetical order of sections and keys, that makes `self` and `other` different runs, with both
     /// values; `None` if `other` may continue what `self` began.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
-        let (mine, theirs) = (self.flatten(), other.flatten());
-        let keys = mine.keys().chain(theirs.keys()).collect::<std::collections::BTreeSet<_>>();
-        let show = |value: Option<&String>| value.cloned().unwrap_or_else(|| "absent".to_owned());
-        keys.into_iter()
-            .filter(|key| !FREE_KEYS.contains(&key.as_str()))
-            .find(|key| mine.get(*key) != theirs.get(*key))
-            .map(|key| (key.clone(), show(mine.get(key)), show(theirs.get(key))))
+        first_difference(self, other, &FREE_KEYS)
     }
+}
 
-    /// Every key with its value as JSON writes it, defaults included.
-    fn flatten(&self) -> std::collections::BTreeMap<String, String> {
-        let json = serde_json::to_value(self).expect("a recipe is plain data");
-        let sections = json.as_object().into_iter().flatten();
-        let pairs = sections.flat_map(|(section, keys)| {
-            keys.as_object()
-                .into_iter()
-                .flatten()
-                .map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
-        });
-        pairs.collect()
-    }
+/// The first key, in alphabetical order of sections and keys, in which two recipes differ, with both values; `free` keys
+/// may.
+pub(crate) fn first_difference<R: Serialize>(mine: &R, theirs: &R, free: &[&str]) -> Option<(String, String, String)> {
+    let (mine, theirs) = (flatten(mine), flatten(theirs));
+    let keys = mine.keys().chain(theirs.keys()).collect::<std::collections::BTreeSet<_>>();
+    let show = |value: Option<&String>| value.cloned().unwrap_or_else(|| "absent".to_owned());
+    keys.into_iter()
+        .filter(|key| !free.contains(&key.as_str()))
+        .find(|key| mine.get(*key) != theirs.get(*key))
+        .map(|key| (key.clone(), show(mine.get(key)), show(theirs.get(key))))
+}
+
+/// Every key with its value as JSON writes it, defaults included.
+fn flatten(recipe: &impl Serialize) -> std::collections::BTreeMap<String, String> {
+    let json = serde_json::to_value(recipe).expect("a recipe is plain data");
+    let sections = json.as_object().into_iter().flatten();
+    let pairs = sections.flat_map(|(section, keys)| {
+        keys.as_object().into_iter().flatten().map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
+    });
+    pairs.collect()
 }
 
 #[cfg(test)]

@@ -174,7 +174,11 @@ impl OptimizerSection {
 
 /// The rules of the section.
 pub(super) fn check(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
-    let optimizer = &recipe.optimizer;
+    check_section(&recipe.optimizer, recipe.train.steps, located, checks);
+}
+
+/// The rules of the section in a run of `steps` steps.
+pub(crate) fn check_section(optimizer: &OptimizerSection, steps: u64, located: &Located<'_>, checks: &mut Checks) {
     checks.present(located, "optimizer.learning_rate", optimizer.learning_rate != 0.0);
     checks.number("optimizer.learning_rate", optimizer.learning_rate, 1e-12..=10.0);
     checks.number("optimizer.minimum_learning_rate", optimizer.minimum_learning_rate, 0.0..=10.0);
@@ -196,14 +200,14 @@ pub(super) fn check(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks)
         optimizer.minimum_learning_rate,
     );
     checks.require(
-        optimizer.warmup_steps < recipe.train.steps,
+        optimizer.warmup_steps < steps,
         "optimizer.warmup_steps",
-        format!("fewer than train.steps = {}", recipe.train.steps),
+        format!("fewer than train.steps = {steps}"),
         optimizer.warmup_steps,
     );
     let decay = optimizer.decay_steps.unwrap_or(1);
-    let wanted = format!("1 to train.steps = {}", recipe.train.steps);
-    checks.require((1..=recipe.train.steps).contains(&decay), "optimizer.decay_steps", wanted, decay);
+    let wanted = format!("1 to train.steps = {steps}");
+    checks.require((1..=steps).contains(&decay), "optimizer.decay_steps", wanted, decay);
     let foreign = |holds: bool, key: &str, wanted: &str, checks: &mut Checks| {
         checks.require(holds || !located.says(key), key, wanted, "one");
     };

@@ -147,7 +147,7 @@ impl Trainer {
 
     fn check_finite(&self, computed: &Computed) -> Result<()> {
         let losses = &computed.losses;
-        let loss = losses.cross_entropy + losses.balance + losses.z;
+        let loss = losses.cross_entropy + losses.balance + losses.z + losses.method;
         for (what, value) in [("loss", loss), ("gradient norm", computed.gradient_norm)] {
             if !value.is_finite() {
                 return Err(TrainError::Diverged { step: self.state.step + 1, what, value });
@@ -173,6 +173,7 @@ impl Trainer {
         let clip = clip_factor(computed.gradient_norm, self.recipe.optimizer.clip_norm);
         let gradient_scale = clip / self.recipe.train.accumulation as f64;
         optimizer.step(model.params_mut(), &mut self.gradients, &StepSettings { step, rate, gradient_scale });
+        model.after_step(&computed.load.counts());
         if let Some(average) = average {
             average.update(&model.params(), step);
         }
@@ -188,6 +189,8 @@ impl Trainer {
             loss: losses.cross_entropy,
             balance_loss: losses.balance,
             z_loss: losses.z,
+            method_loss: losses.method,
+            dropped: computed.load.dropped(),
             learning_rate: rate,
             gradient_norm: computed.gradient_norm,
             tokens: self.state.tokens,
@@ -207,7 +210,10 @@ impl Trainer {
             let batch = windows(&self.corpus.train, train.sequence_length, numbers);
             let target = if micro_batch == 0 { &mut self.gradients } else { &mut self.addend };
             target.clear();
-            let losses = learn::gradients(model, &batch, &self.recipe, target, load)?;
+            // Each micro-batch of a run has its own, the same again after a resumption.
+            let number = self.state.step * train.accumulation as u64 + micro_batch as u64;
+            let seed = train.seed ^ (number + 1).rotate_left(32);
+            let losses = learn::gradients(model, &batch, &self.recipe, seed, target, load)?;
             mean.add(&losses, 1.0 / train.accumulation as f64);
             if micro_batch > 0 {
                 add_gradients(&mut self.gradients, &self.addend, &model.params());

@@ -20,7 +20,7 @@ impl Trainer {
         let recent = &self.state.watch.losses;
         let mut spike = spikes::find(recent, step, losses.cross_entropy, computed.gradient_norm, &self.recipe.spikes);
         // The loss itself may be sound and its routing losses not.
-        if spike.is_none() && !(losses.balance + losses.z).is_finite() {
+        if spike.is_none() && !(losses.balance + losses.z + losses.method).is_finite() {
             spike = spikes::find(recent, step, f64::NAN, computed.gradient_norm, &self.recipe.spikes);
         }
         spike

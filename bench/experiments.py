@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""The experiments of docs/experiments.md on routers and mixtures: trains each variant with each seed, prints one table.
+
+    python bench/experiments.py NAME [--seeds N] [--steps N] [--out DIR] [--binary target/release/moebius]
+
+NAME: vision, balance, hash, depths. Needs nothing but Python and the binary. Runs that are done already in --out are
+read, not repeated. Other programs on the machine change times, not losses.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def last(path, kind):
+    """The last record of a kind in a run's log."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def train(binary, recipe, out):
+    """Trains a recipe unless `out` holds its model; the log's records."""
+    if not (out / "model").exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path = out.parent / f"{out.name}.toml"
+        path.write_text(recipe)
+        subprocess.run([binary, "train", path, "--out", out, "--force"], check=True, stdout=subprocess.DEVNULL)
+    log = out / "metrics.jsonl"
+    return last(log, "step"), last(log, "validation")
+
+
+def spread(values):
+    """Mean and deviation between seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), deviation
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+IMAGES = "/usr/share/datasets/fashion-mnist"
+
+VISION = """
+[vision]
+hidden = 64
+layers = 4
+heads = 4
+ffn = {ffn}
+patch = 4
+{block}
+
+[data]
+format = "idx"
+train_images = "{images}/train-images-idx3-ubyte.gz"
+train_labels = "{images}/train-labels-idx1-ubyte.gz"
+valid_images = "{images}/t10k-images-idx3-ubyte.gz"
+valid_labels = "{images}/t10k-labels-idx1-ubyte.gz"
+
+[train]
+seed = {seed}
+steps = {steps}
+images = 64
+precision = "bf16"
+validate_every = {steps}
+save_every = {steps}
+keep = 1
+
+[optimizer]
+learning_rate = 2e-3
+minimum_learning_rate = 2e-5
+warmup_steps = 100
+weight_decay = 0.05
+"""
+
+
+def routed(top_k, capacity, priority):
+    return (
+        f'block = "routed"\nsparse_layers = 2\nexperts = 8\nexperts_per_token = {top_k}\n\n[router]\nname = "vision"\n'
+        f"capacity_factor = {capacity}\nbatch_priority = {str(priority).lower()}"
+    )
+
+
+# Name, inner width of a network or expert, block. Top-2 has half the width, so that a token's cost is the same.
+VISION_VARIANTS = [
+    ("dense", 128, ""),
+    ("V-MoE, top-1, capacity 1.05", 128, routed(1, 1.05, False)),
+    ("V-MoE, top-2, capacity 1.05", 64, routed(2, 1.05, False)),
+    ("V-MoE, top-1, capacity 0.5, by priority", 128, routed(1, 0.5, True)),
+    ("V-MoE, top-1, capacity 0.5, by order", 128, routed(1, 0.5, False)),
+    ("Soft MoE, 8 experts of 6 slots", 128, 'block = "soft"\nsparse_layers = 2\nexperts = 8\nslots = 6'),
+]
+
+
+def vision(options):
+    print("| model | accuracy, % | SD | validation loss | ms a step |\n|---|---|---|---|---|")
+    for number, (name, ffn, block) in enumerate(VISION_VARIANTS):
+        accuracies, losses, times = [], [], []
+        for seed in range(1, options.seeds + 1):
+            recipe = VISION.format(ffn=ffn, block=block, images=IMAGES, seed=seed, steps=options.steps)
+            steps, validations = train(options.binary, recipe, options.out / f"vision-{number}-{seed}")
+            accuracies.append(100 * validations[-1]["accuracy"])
+            losses.append(validations[-1]["loss"])
+            times.append(1e3 * statistics.median(step["seconds"] for step in steps))
+        (accuracy, deviation), loss, ms = spread(accuracies), spread(losses)[0], min(times)
+        print(f"| {name} | {accuracy:.2f} | {deviation:.2f} | {loss:.4f} | {ms:.0f} |", flush=True)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+TEXT = """
+[model]
+hidden = 96
+layers = 4
+heads = 4
+ffn = {ffn}
+{experts}
+context = 128
+
+{router}
+
+[tokenizer]
+vocab_size = 2048
+
+[data]
+train = [{train}]
+valid = [{valid}]
+
+[train]
+seed = {seed}
+steps = {steps}
+sequence_length = 128
+sequences = 16
+precision = "bf16"
+validate_every = {steps}
+validate_batches = 20
+save_every = {steps}
+keep = 1
+export = "last"
+
+[optimizer]
+learning_rate = 3e-3
+minimum_learning_rate = 3e-4
+warmup_steps = 50
+"""
+
+PARTS = ["en_prose", "en_bible", "en_drama", "en_speech", "en_jargon", "en_satire", "c_code", "es_bible"]
+
+
+def text(options, out, seed, ffn, experts, router):
+    paths = {
+        kind: ", ".join(f'"{ROOT}/data/small_pd/{part}.{kind}.txt"' for part in PARTS) for kind in ("train", "valid")
+    }
+    recipe = TEXT.format(ffn=ffn, experts=experts, router=router, seed=seed, steps=options.steps, **paths)
+    return train(options.binary, recipe, options.out / f"{out}-{seed}")
+
+
+def table(options, experiment, variants):
+    """Trains (name, ffn, experts lines, router lines) variants; losses, balance over the validation text, time."""
+    print("| router | validation loss | SD | MaxVio, worst layer | idle experts | ms a step |\n|---|---|---|---|---|---|")
+    for number, (name, ffn, experts, router) in enumerate(variants):
+        losses, violations, idle, times = [], [], [], []
+        for seed in range(1, options.seeds + 1):
+            steps, validations = text(options, f"{experiment}-{number}", seed, ffn, experts, router)
+            losses.append(validations[-1]["loss"])
+            load = validations[-1]["load"]
+            violations.append(max((layer["max_violation"] for layer in load), default=0.0))
+            idle.append(sum(layer["dead_experts"] for layer in load))
+            times.append(1e3 * statistics.median(step["seconds"] for step in steps))
+        (loss, deviation), violation = spread(losses), spread(violations)[0]
+        idle = f"{statistics.mean(idle):.1f}"
+        print(f"| {name} | {loss:.4f} | {deviation:.4f} | {violation:.2f} | {idle} | {min(times):.0f} |", flush=True)
+
+
+def sparse(experts, top_k):
+    return f"experts = {experts}\nexperts_per_token = {top_k}"
+
+
+def router(name, **options):
+    def show(value):
+        return f'"{value}"' if isinstance(value, str) else str(value).lower()
+
+    return "\n".join(["[router]", f'name = "{name}"'] + [f"{key} = {show(value)}" for key, value in options.items()])
+
+
+def balance(options):
+    shape = (128, sparse(16, 2))
+    loss_free = {"sequence": 0.0, "renormalise": True}
+    table(options, "balance", [
+        ("none", *shape, router("loss_free", rate=0.0, **loss_free)),
+        ("auxiliary loss, 0.01", *shape, router("loss_free", rate=0.0, balance=0.01, **loss_free)),
+        ("loss-free, rate 0.01", *shape, router("loss_free", rate=0.01, **loss_free)),
+        ("both", *shape, router("loss_free", rate=0.01, balance=0.01, **loss_free)),
+    ])
+
+
+def hashing(options):
+    variants = []
+    for experts in (16, 64):
+        shape = (128, sparse(experts, 1))
+        variants += [
+            (f"{experts} experts, hash, random", *shape, router("hash")),
+            (f"{experts} experts, hash, balanced", *shape, router("hash", table="balanced")),
+            (f"{experts} experts, Switch", *shape, router("switch", capacity_factor=1.25)),
+        ]
+    table(options, "hash", variants)
+
+
+def depths(options):
+    table(options, "depths", [
+        ("dense", 256, "", ""),
+        ("12.5 %, every other layer", 256, "", depth("threshold")),
+        ("12.5 %, every other layer, random choice", 256, "", depth("random")),
+    ])
+
+
+def depth(sampler):
+    return f'[depths]\nshare = 0.125\nevery = 2\nsampler = "{sampler}"'
+
+
+EXPERIMENTS = {"vision": vision, "balance": balance, "hash": hashing, "depths": depths}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments")
+    parser.add_argument("--binary", type=Path, default=ROOT / "target" / "release" / "moebius")
+    options = parser.parse_args()
+    if not options.binary.exists():
+        sys.exit(f"{options.binary}: no such file; cargo build --release")
+    EXPERIMENTS[options.experiment](options)
+
+
+if __name__ == "__main__":
+    main()

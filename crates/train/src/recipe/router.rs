@@ -1,0 +1,122 @@
+//! `[router]`: a routing method by name, with its options.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use moebius_moe::MoeError;
+use moebius_moe::routers::{self, MethodConfig, MethodLayer, OptionValue};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use super::check::Checks;
+
+/// `[router]`: `name` is one of `moebius_moe::routers::ALL`, every other key an option of that method.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RouterSection(BTreeMap<String, RouterValue>);
+
+/// A value of the section: a number, a text, true or false.
+#[derive(Clone, Debug, PartialEq)]
+struct RouterValue(OptionValue);
+
+const NAME: &str = "name";
+
+impl RouterSection {
+    /// A method without options.
+    pub fn named(name: &str) -> Self {
+        Self(BTreeMap::from([(NAME.to_owned(), RouterValue(name.into()))]))
+    }
+
+    /// The method's name; nothing if the section has none, which its check says.
+    pub fn name(&self) -> &str {
+        match self.0.get(NAME) {
+            Some(RouterValue(OptionValue::Text(name))) => name,
+            _ => "",
+        }
+    }
+
+    /// The method with its options: all other keys.
+    pub fn method(&self) -> MethodConfig {
+        let others = self.0.iter().filter(|(key, _)| *key != NAME);
+        let options = others.map(|(key, value)| (key.clone(), value.0.clone())).collect();
+        MethodConfig { name: self.name().to_owned(), options }
+    }
+
+    /// Builds the method once, so that what it refuses is refused before anything starts. `top_k_key` is the recipe's key
+    /// for the experts of a token.
+    pub(crate) fn check(&self, layer: &RoutedLayer<'_>, checks: &mut Checks) {
+        if self.name().is_empty() {
+            let known = routers::ALL.iter().map(|entry| entry.name).collect::<Vec<_>>().join(", ");
+            checks.require(false, "router.name", format!("one of {known}"), "none");
+            return;
+        }
+        let RoutedLayer { experts, top_k, vocabulary, causal, .. } = *layer;
+        let method_layer = MethodLayer { hidden: 1, experts, top_k, vocabulary, causal };
+        let Err(error) = self.method().weights(&method_layer) else { return };
+        match error {
+            MoeError::Option { key, message, .. } => checks.complain(&format!("router.{key}"), message),
+            MoeError::TopK { .. } | MoeError::NoRouterGradient => checks.complain(layer.top_k_key, error.to_string()),
+            MoeError::UnknownRouter { found, known } => {
+                checks.require(false, "router.name", format!("one of {known}"), found);
+            }
+            error => checks.complain("router.name", error.to_string()),
+        }
+    }
+}
+
+/// The layer that a method is for.
+pub(crate) struct RoutedLayer<'a> {
+    /// Experts there are.
+    pub(crate) experts: usize,
+    /// Experts of a token.
+    pub(crate) top_k: usize,
+    /// Ids of the vocabulary; 0 without one.
+    pub(crate) vocabulary: usize,
+    /// Whether later tokens must not be seen.
+    pub(crate) causal: bool,
+    /// The recipe's key for `top_k`.
+    pub(crate) top_k_key: &'a str,
+}
+
+impl Serialize for RouterValue {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match &self.0 {
+            OptionValue::Number(number) => serializer.serialize_f64(*number),
+            OptionValue::Boolean(flag) => serializer.serialize_bool(*flag),
+            OptionValue::Text(text) => serializer.serialize_str(text),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for RouterValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = RouterValue;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number, a text, true or false")
+            }
+
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<RouterValue, E> {
+                Ok(RouterValue(OptionValue::Number(value as f64)))
+            }
+
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<RouterValue, E> {
+                Ok(RouterValue(OptionValue::Number(value as f64)))
+            }
+
+            fn visit_f64<E: de::Error>(self, value: f64) -> Result<RouterValue, E> {
+                Ok(RouterValue(OptionValue::Number(value)))
+            }
+
+            fn visit_bool<E: de::Error>(self, value: bool) -> Result<RouterValue, E> {
+                Ok(RouterValue(OptionValue::Boolean(value)))
+            }
+
+            fn visit_str<E: de::Error>(self, value: &str) -> Result<RouterValue, E> {
+                Ok(RouterValue(OptionValue::Text(value.to_owned())))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
