@@ -20,7 +20,7 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL, VNNI and BF16 (AMD Zen 4, Intel Cooper Lake and Sapphire Rapids, and later).
     Avx512,
-    /// AMX tiles in bf16 beside AVX-512 (Intel Sapphire Rapids and later, when the operating system allows it).
+    /// AMX tiles in bf16 and bytes beside AVX-512 (Intel Sapphire Rapids and later, when the operating system allows it).
     Amx,
 }
 
@@ -163,14 +163,14 @@ fn detect() -> Isa {
     Isa::Portable
 }
 
-/// Whether the processor has bf16 tiles and the operating system lets this process use them; asks it to.
+/// Whether the processor has tiles of bf16 and bytes and the operating system lets this process use them; asks it to.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn amx_is_allowed() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
-    const AMX_BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
-    if __cpuid(0).eax < 7 || __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE != AMX_BF16_AND_TILE {
+    const BF16_TILE_AND_BYTES: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    if __cpuid(0).eax < 7 || __cpuid_count(7, 0).edx & BF16_TILE_AND_BYTES != BF16_TILE_AND_BYTES {
         return false;
     }
     // SAFETY: this request reads and writes no memory of ours; it widens what the kernel saves for our threads, and

@@ -20,3 +20,5 @@ mod simd;
 mod tasks;
 #[cfg(test)]
 mod testing;
+#[cfg(target_arch = "x86_64")]
+mod tiles;

@@ -7,7 +7,9 @@ use super::Precision;
 use super::avx512_pack::{pack_panels, pack_rows};
 use super::kernels::{BlockProduct, Kernels};
 use super::packed::{BLOCK_WORDS, LANES};
-use super::tiles::{Hardware, ROW_BYTES, Tiles};
+use crate::tiles::{Configuration, Hardware, ROW_BYTES, Tiles, WHOLE};
+
+static WHOLE_TILES: Configuration = Configuration::new([WHOLE; 8]);
 
 pub(super) static BF16: Kernels = Kernels {
     block_rows: 2 * LANES,
@@ -24,7 +26,7 @@ pub(super) static BF16: Kernels = Kernels {
 pub(super) static SIMULATED: Kernels = Kernels {
     pack_rows: super::portable::pack_rows::<true>,
     pack_panels: super::portable::pack_panels::<true>,
-    multiply: multiply::<super::tiles::Simulated>,
+    multiply: multiply::<crate::tiles::Simulated>,
     ..BF16
 };
 
@@ -34,7 +36,7 @@ pub(super) static SIMULATED: Kernels = Kernels {
 /// As [`Kernels::multiply`] asks, on a machine that has `T`.
 unsafe fn multiply<T: Tiles>(product: &BlockProduct) {
     // SAFETY: the machine has them; no caller of ours holds tiles.
-    let mut tiles = unsafe { T::configure() };
+    let mut tiles = unsafe { T::configure(&WHOLE_TILES) };
     let panels = product.columns.div_ceil(LANES);
     for panel in (0..panels).step_by(2) {
         // SAFETY: handed on; the panels are the product's.
@@ -75,16 +77,16 @@ unsafe fn sums<T: Tiles, const TWO_ROWS: bool, const TWO_PANELS: bool>(
         for _ in 0..product.k_blocks {
             tiles.load::<4>(a, ROW_BYTES);
             tiles.load::<6>(b, ROW_BYTES);
-            tiles.multiply::<0, 4, 6>();
+            tiles.multiply_bf16::<0, 4, 6>();
             if TWO_PANELS {
                 tiles.load::<7>(b.add(4 * product.panel_stride), ROW_BYTES);
-                tiles.multiply::<1, 4, 7>();
+                tiles.multiply_bf16::<1, 4, 7>();
             }
             if TWO_ROWS {
                 tiles.load::<5>(a.add(LANES * ROW_BYTES), ROW_BYTES);
-                tiles.multiply::<2, 5, 6>();
+                tiles.multiply_bf16::<2, 5, 6>();
                 if TWO_PANELS {
-                    tiles.multiply::<3, 5, 7>();
+                    tiles.multiply_bf16::<3, 5, 7>();
                 }
             }
             a = a.add(height * ROW_BYTES);

@@ -23,8 +23,6 @@ mod packed;
 mod portable;
 #[cfg(test)]
 mod tests;
-#[cfg(target_arch = "x86_64")]
-mod tiles;
 
 pub use grouped::{grouped_matmul, grouped_matmul_weight_gradient};
 pub use mat::Mat;

@@ -21,6 +21,14 @@ const CACHED_BYTES: usize = 1 << 19;
 const SHARING_ROWS: usize = 48;
 /// The most rows that any instruction set's kernel takes.
 const MOST_ROWS: usize = 12;
+/// With fewer rows than this the kernel for many rows, if there is one, loses to the other.
+const MANY_ROWS: usize = 8;
+/// And so it does with so few rows of a last tile.
+const FEW_ROWS: usize = 4;
+/// Bytes of activations for that kernel that stay in the second cache while panels pass over them.
+const MANY_CACHED_BYTES: usize = 1 << 20;
+/// Panels of a task at least, if that leaves each thread one: that kernel lays out the rows anew for each task.
+const MANY_PANELS: usize = 32;
 
 /// A panel times a block of rows, along all of K.
 pub(super) struct Tile<'a> {
@@ -37,6 +45,17 @@ pub(super) struct Tile<'a> {
     pub(super) columns: usize,
 }
 
+/// Panels times many rows, along all of K.
+pub(super) struct ManyRows<'a> {
+    pub(super) matrix: &'a QuantisedMatrix,
+    pub(super) panels: Range<usize>,
+    /// Each row's records: one for each block of all units.
+    pub(super) rows: &'a [*const Record],
+    /// Where the first row of the result begins; nobody else uses the panels' columns of these rows. Rows are as long
+    /// as the matrix has outputs.
+    pub(super) c: *mut f32,
+}
+
 /// An instruction set's kernel for a format.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
@@ -44,6 +63,9 @@ pub(super) struct Kernel {
     /// # Safety
     /// As [`Tile`] says, on a machine with the instruction set; at most `rows` rows.
     multiply: unsafe fn(&Tile),
+    /// # Safety
+    /// As [`ManyRows`] says, on a machine with the instruction set.
+    multiply_many: Option<unsafe fn(&ManyRows)>,
 }
 
 impl Kernel {
@@ -51,11 +73,30 @@ impl Kernel {
         assert!(isa <= Isa::best());
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Amx => Self { rows: super::avx512::ROWS, multiply: super::avx512::multiply::<L> },
+            Isa::Amx => Self {
+                multiply_many: Some(super::amx::multiply::<crate::tiles::Hardware, L>),
+                ..Self::of::<L>(Isa::Avx512)
+            },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => Self { rows: super::avx2::ROWS, multiply: super::avx2::multiply::<L> },
-            _ => Self { rows: super::portable::ROWS, multiply: super::portable::multiply::<L> },
+            Isa::Avx512 => {
+                Self { rows: super::avx512::ROWS, multiply: super::avx512::multiply::<L>, multiply_many: None }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Self { rows: super::avx2::ROWS, multiply: super::avx2::multiply::<L>, multiply_many: None },
+            _ => Self { rows: super::portable::ROWS, multiply: super::portable::multiply::<L>, multiply_many: None },
         }
+    }
+
+    /// That of AMX on simulated tiles.
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub(super) fn simulated<L: Layout>() -> Self {
+        let multiply_many = Some(super::amx::multiply::<crate::tiles::Simulated, L> as unsafe fn(&ManyRows));
+        Self { multiply_many, ..Self::of::<L>(Isa::Avx512) }
+    }
+
+    /// Whether so many rows go to `multiply_many`.
+    fn takes_many(&self, rows: usize) -> bool {
+        self.multiply_many.is_some() && rows >= MANY_ROWS
     }
 }
 
@@ -87,53 +128,99 @@ pub(super) fn run(
     source: &(impl Fn(usize) -> usize + Sync),
     c: &mut [f32],
 ) {
-    let Some(n) = jobs.first().map(|job| job.matrix.n()) else { return };
+    if jobs.is_empty() {
+        return;
+    }
     let c = DisjointMut::new(c);
     let bytes: usize = jobs.iter().map(|job| job.matrix.bytes().len()).sum();
     let threads = if bytes < SERIAL_BYTES { 1 } else { parallel::threads() };
-    let tasks = cut(jobs, threads);
+    let tasks = cut(kernel, jobs, threads);
     let serial_count = if threads == 1 { usize::MAX } else { 1 };
     parallel::for_each_index(tasks.len(), serial_count, |task| {
         let Task { job, panels } = &tasks[task];
         let Job { matrix, rows } = &jobs[*job];
-        let row_bytes = matrix.blocks() * size_of::<Record>();
-        let together = (CACHED_BYTES / row_bytes.max(1)).max(SHARING_ROWS) / kernel.rows * kernel.rows;
-        for first in rows.clone().step_by(together) {
-            let rows = first..rows.end.min(first + together);
-            for panel in panels.clone() {
-                for first in rows.clone().step_by(kernel.rows) {
-                    let block = first..rows.end.min(first + kernel.rows);
-                    let mut records = [std::ptr::null(); MOST_ROWS];
-                    for (record, row) in records.iter_mut().zip(block.clone()) {
-                        *record = activations.row(source(row));
-                    }
-                    let tile = Tile {
-                        panel: matrix.panel(panel).as_ptr(),
-                        units: matrix.units(),
-                        fetch: block.start == rows.start,
-                        rows: &records[..block.len()],
-                        c: c.at(first * n + panel * LANES),
-                        c_stride: n,
-                        columns: LANES.min(n - panel * LANES),
-                    };
-                    // SAFETY: `panel` and `row` gave whole panels and rows; rows and panels of C belong to this task
-                    // alone and lie inside it, for `c.at` and the callers' assertion on its length say so.
-                    unsafe { (kernel.multiply)(&tile) };
-                }
-            }
-        }
+        let records = |row: usize| activations.row(source(row));
+        let rest = match rows.len() % LANES {
+            rest @ 1..=FEW_ROWS => rest,
+            _ => 0,
+        };
+        let many = if kernel.takes_many(rows.len()) { rows.start..rows.end - rest } else { rows.start..rows.start };
+        run_many(kernel, matrix, panels, many.clone(), &records, &c);
+        run_few(kernel, matrix, panels, many.end..rows.end, &records, &c);
     });
 }
 
+/// Panels times rows, by the kernel for many rows.
+fn run_many(
+    kernel: Kernel,
+    matrix: &QuantisedMatrix,
+    panels: &Range<usize>,
+    rows: Range<usize>,
+    records: &impl Fn(usize) -> *const Record,
+    c: &DisjointMut<f32>,
+) {
+    let Some(multiply) = kernel.multiply_many else { return };
+    let row_bytes = matrix.blocks() * size_of::<Record>();
+    let together = (MANY_CACHED_BYTES / row_bytes.max(1)).max(SHARING_ROWS).next_multiple_of(LANES);
+    for first in rows.clone().step_by(together) {
+        let rows: Vec<_> = (first..rows.end.min(first + together)).map(records).collect();
+        let product = ManyRows { matrix, panels: panels.clone(), rows: &rows, c: c.at(first * matrix.n()) };
+        // SAFETY: `row` gave whole rows; rows and panels of C belong to this task alone and lie inside it, for the
+        // callers' assertion on its length says so.
+        unsafe { multiply(&product) };
+    }
+}
+
+/// Panels times rows, a few at a time.
+fn run_few(
+    kernel: Kernel,
+    matrix: &QuantisedMatrix,
+    panels: &Range<usize>,
+    rows: Range<usize>,
+    records: &impl Fn(usize) -> *const Record,
+    c: &DisjointMut<f32>,
+) {
+    let n = matrix.n();
+    let row_bytes = matrix.blocks() * size_of::<Record>();
+    let together = (CACHED_BYTES / row_bytes.max(1)).max(SHARING_ROWS) / kernel.rows * kernel.rows;
+    for first in rows.clone().step_by(together) {
+        let rows = first..rows.end.min(first + together);
+        for panel in panels.clone() {
+            for first in rows.clone().step_by(kernel.rows) {
+                let block = first..rows.end.min(first + kernel.rows);
+                let mut of_block = [std::ptr::null(); MOST_ROWS];
+                for (record, row) in of_block.iter_mut().zip(block.clone()) {
+                    *record = records(row);
+                }
+                let tile = Tile {
+                    panel: matrix.panel(panel).as_ptr(),
+                    units: matrix.units(),
+                    fetch: block.start == rows.start,
+                    rows: &of_block[..block.len()],
+                    c: c.at(first * n + panel * LANES),
+                    c_stride: n,
+                    columns: LANES.min(n - panel * LANES),
+                };
+                // SAFETY: `panel` and `row` gave whole panels and rows; rows and panels of C belong to this task
+                // alone and lie inside it, for `c.at` and the callers' assertion on its length say so.
+                unsafe { (kernel.multiply)(&tile) };
+            }
+        }
+    }
+}
+
 /// Cuts the jobs into tasks of about equal work, the largest first.
-fn cut(jobs: &[Job], threads: usize) -> Vec<Task> {
+fn cut(kernel: Kernel, jobs: &[Job], threads: usize) -> Vec<Task> {
     let work: usize = jobs.iter().map(Job::work).sum();
     let least = READING_ROWS * TASK_BYTES;
     let share = if threads == 1 { usize::MAX } else { work.div_ceil(threads * TASKS_PER_THREAD).max(least) };
     let mut tasks = Vec::new();
     for (index, job) in jobs.iter().enumerate() {
         let panels = job.matrix.panels();
-        let step = panels.div_ceil(job.work().div_ceil(share).max(1)).max(1);
+        let mut step = panels.div_ceil(job.work().div_ceil(share).max(1)).max(1);
+        if kernel.takes_many(job.rows.len()) {
+            step = step.max(MANY_PANELS.min(panels.div_ceil(threads)));
+        }
         tasks.extend((0..panels).step_by(step).map(|p| Task { job: index, panels: p..panels.min(p + step) }));
     }
     tasks.sort_by_key(|task| std::cmp::Reverse(task.panels.len() * jobs[task.job].rows.len()));

@@ -145,6 +145,14 @@ impl QuantisedMatrix {
         with_layout!(self.format, kernel(isa))
     }
 
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub(super) fn simulated_kernel(&self) -> Kernel {
+        fn kernel<L: Layout>() -> Kernel {
+            Kernel::simulated::<L>()
+        }
+        with_layout!(self.format, kernel())
+    }
+
     /// What the activations need to know: the codes' bias, and whether each half of a block has its own scale.
     pub(super) fn bias(&self) -> (i32, bool) {
         let facts = facts_of(self.format);

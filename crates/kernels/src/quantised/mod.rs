@@ -10,6 +10,8 @@
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -78,8 +80,12 @@ pub fn grouped_quantised_matmul(
         .map(|(matrix, rows)| Job { matrix, rows: rows[0]..rows[1] })
         .collect();
     let kernel = first.kernel(Isa::current());
+    run(kernel, &jobs, &activations, source, y);
+}
+
+fn run(kernel: driver::Kernel, jobs: &[Job], activations: &Activations, source: Option<&[u32]>, y: &mut [f32]) {
     match source {
-        Some(source) => driver::run(kernel, &jobs, &activations, &|row| source[row] as usize, y),
-        None => driver::run(kernel, &jobs, &activations, &|row| row, y),
+        Some(source) => driver::run(kernel, jobs, activations, &|row| source[row] as usize, y),
+        None => driver::run(kernel, jobs, activations, &|row| row, y),
     }
 }

@@ -71,13 +71,42 @@ fn every_row_has_its_bits_on_any_instruction_set_in_any_company() {
             let alone: Vec<u32> =
                 with_isa(Isa::Portable, || x.chunks_exact(k).flat_map(|row| bits(&product(&weight, row))).collect());
             for isa in Isa::available() {
-                for rows in [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 29] {
+                for rows in [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 20, 29] {
                     for threads in [1, 3] {
                         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                         let found = pool.install(|| with_isa(isa, || product(&weight, &x[..rows * k])));
                         assert_eq!(bits(&found), alone[..rows * n], "{format:?} {isa:?} {rows}x{n}x{k} {threads}");
                     }
                 }
+            }
+        }
+    }
+}
+
+/// The kernels for AMX on simulated tiles, wherever the rest of them can run.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn simulated_tiles_give_the_bits_of_plain_loops() {
+    if Isa::best() < Isa::Avx512 {
+        return;
+    }
+    for format in PACKED_FORMATS {
+        // More blocks than are taken at once, and units and columns that end inside.
+        for (n, k) in [(50, 1280), (16, 256), (5, 2048)] {
+            let weights = [matrix(format, 3, n, k), matrix(format, 4, n, k)];
+            let mut x = numbers(4, 40 * k);
+            x[9 * k + 33] = f32::NAN;
+            let (offsets, source) = ([1, 36, 58], (0..60).map(|i| i * 7 % 40).collect::<Vec<u32>>());
+            let mut wanted = vec![2.5; 60 * n];
+            with_isa(Isa::Portable, || grouped_quantised_matmul(&x, Some(&source), &offsets, &weights, &mut wanted));
+            let (bias, halves) = weights[0].bias();
+            let activations = Activations::quantise(&x, k, weights[0].blocks(), bias, halves);
+            let jobs = [0, 1].map(|group| Job { matrix: &weights[group], rows: offsets[group]..offsets[group + 1] });
+            let mut found = vec![2.5; 60 * n];
+            run(weights[0].simulated_kernel(), &jobs, &activations, Some(&source), &mut found);
+            for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+                let same = found.to_bits() == wanted.to_bits() || found.is_nan() && wanted.is_nan();
+                assert!(same, "{format:?} {n}x{k}: row {} column {}: {found} for {wanted}", i / n, i % n);
             }
         }
     }
