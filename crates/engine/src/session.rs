@@ -1,5 +1,7 @@
 //! A model in the middle of one sequence: what it has read, and the logits that follow.
 
+use std::ops::Range;
+
 use moebius_kernels::attention::LayerCache;
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::parallel::with_team;
@@ -39,6 +41,32 @@ pub struct Reading<'r, 'm> {
     pub tokens: &'r [u32],
     /// What is asked for.
     pub wanted: Wanted,
+}
+
+/// What a pass gave of each sequence that read in it.
+pub struct Given {
+    /// `[tokens, hidden]`
+    hidden: Var,
+    /// The rows that were wanted, `[rows, vocab]`; none if no row was.
+    logits: Option<Var>,
+    /// Where the part of each sequence lies: in the logits, or in the hidden states.
+    parts: Vec<Part>,
+}
+
+enum Part {
+    Logits(Range<usize>),
+    Hidden(Range<usize>),
+}
+
+impl Given {
+    /// What was wanted of the sequence of a place, its rows one after the other; empty where nothing was.
+    pub fn of(&self, place: usize) -> &[f32] {
+        match (&self.parts[place], &self.logits) {
+            (Part::Hidden(part), _) => &self.hidden.data()[part.clone()],
+            (Part::Logits(part), Some(logits)) => &logits.data()[part.clone()],
+            (Part::Logits(_), None) => &[],
+        }
+    }
 }
 
 impl<'m> Session<'m> {
@@ -120,10 +148,11 @@ impl<'m> Session<'m> {
         let mut readings: Vec<Reading> = (sessions.iter_mut().zip(tokens))
             .map(|(session, tokens)| Reading { session, tokens, wanted: Wanted::LastLogits })
             .collect();
-        Self::read_step(&mut readings, observer)
+        let Some(given) = Self::read_step(&mut readings, observer)? else { return Ok(Vec::new()) };
+        Ok((0..tokens.len()).map(|place| given.of(place).to_vec()).collect())
     }
 
-    /// As [`Session::read_together`], and for each sequence gives what is wanted of it.
+    /// As [`Session::read_together`], and for each sequence gives what is wanted of it; `None` if there is no sequence.
     ///
     /// # Errors
     /// As [`Session::read`]; then no sequence has moved on.
@@ -133,8 +162,8 @@ impl<'m> Session<'m> {
     pub fn read_step(
         readings: &mut [Reading<'_, 'm>],
         observer: &mut dyn Observer,
-    ) -> Result<Vec<Vec<f32>>, EngineError> {
-        let Some(first) = readings.first() else { return Ok(Vec::new()) };
+    ) -> Result<Option<Given>, EngineError> {
+        let Some(first) = readings.first() else { return Ok(None) };
         let (model, numerics) = (first.session.model, first.session.numerics);
         let same =
             |reading: &Reading| std::ptr::eq(reading.session.model, model) && reading.session.numerics == numerics;
@@ -142,7 +171,7 @@ impl<'m> Session<'m> {
         if readings.iter().any(|reading| reading.tokens.is_empty()) {
             return Err(EngineError::EmptyPrompt);
         }
-        with_team(|| read_awake(model, numerics.precision, readings, observer))
+        with_team(|| read_awake(model, numerics.precision, readings, observer)).map(Some)
     }
 }
 
@@ -152,7 +181,7 @@ fn read_awake(
     precision: Precision,
     readings: &mut [Reading],
     observer: &mut dyn Observer,
-) -> Result<Vec<Vec<f32>>, EngineError> {
+) -> Result<Given, EngineError> {
     let parts: Vec<(&[u32], usize)> =
         readings.iter().map(|reading| (reading.tokens, reading.session.position())).collect();
     let batch = Batch::continuing_together(&parts);
@@ -170,28 +199,25 @@ fn read_awake(
     }
     let [_, width] = hidden.dims::<2>()?;
     // The head runs on the rows that are wanted; they get the same bits as among all rows.
-    let (mut rows, mut counts) = (Vec::new(), Vec::new());
+    let (mut rows, mut parts) = (Vec::new(), Vec::new());
+    let vocabulary = model.config.vocab_size;
     for (reading, bounds) in readings.iter().zip(batch.starts.windows(2)) {
         let first = match reading.wanted {
-            Wanted::Nothing | Wanted::Hidden => bounds[1],
+            Wanted::Hidden => {
+                parts.push(Part::Hidden(bounds[0] * width..bounds[1] * width));
+                continue;
+            }
+            Wanted::Nothing => bounds[1],
             Wanted::LastLogits => bounds[1] - 1,
             Wanted::AllLogits => bounds[0],
         };
+        let before = rows.len() / width * vocabulary;
         rows.extend_from_slice(&hidden.data()[first * width..bounds[1] * width]);
-        counts.push(bounds[1] - first);
+        parts.push(Part::Logits(before..rows.len() / width * vocabulary));
     }
-    let all: usize = counts.iter().sum();
-    let logits = (all > 0).then(|| model.logits(&graph, &Var::constant(Tensor::new(&[all, width], rows))));
-    let (vocabulary, mut done) = (model.config.vocab_size, 0);
-    let give = |((reading, bounds), count): ((&Reading, &[usize]), usize)| {
-        if reading.wanted == Wanted::Hidden {
-            return hidden.data()[bounds[0] * width..bounds[1] * width].to_vec();
-        }
-        let part = done * vocabulary..(done + count) * vocabulary;
-        done += count;
-        logits.as_ref().map_or_else(Vec::new, |logits| logits.data()[part].to_vec())
-    };
-    Ok(readings.iter().zip(batch.starts.windows(2)).zip(counts).map(give).collect())
+    let count = rows.len() / width;
+    let logits = (count > 0).then(|| model.logits(&graph, &Var::constant(Tensor::new(&[count, width], rows))));
+    Ok(Given { hidden, logits, parts })
 }
 
 #[cfg(test)]

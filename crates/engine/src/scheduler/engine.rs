@@ -12,6 +12,7 @@ use super::queue::Waiting;
 use super::request::{Dropped, News};
 use super::sequence::Sequence;
 use super::{Inbox, Scheduler, Stop};
+use crate::session::Given;
 use crate::{EngineError, ExpertTrace, Finish, Reading, Session, Tokenizer};
 
 /// Looks for requests that waited too long, while nothing else happens, at least this often.
@@ -31,7 +32,7 @@ struct Turn<'s, 'e> {
     sequence: &'s mut Sequence<'e>,
     share: Share,
     first_row: usize,
-    given: Vec<f32>,
+    given: &'s [f32],
     drawn: usize,
     result: Result<Option<Finish>, EngineError>,
 }
@@ -158,7 +159,7 @@ impl<'e> Engine<'e> {
     /// One pass over the weights.
     fn step(&mut self) {
         let started = Instant::now();
-        let mut step = self.memory.compose(&mut self.running);
+        let step = self.memory.compose(&mut self.running);
         if let Some(index) = step.full {
             return self.end(index, Finish::ContextFull);
         }
@@ -180,10 +181,11 @@ impl<'e> Engine<'e> {
             (Session::read_step(&mut readings, &mut watch), before.elapsed())
         };
         let given = match given {
-            Ok(given) => given,
+            Ok(Some(given)) => given,
+            Ok(None) => return,
             Err(error) => return self.fail_step(&step.shares, &error),
         };
-        let ended = self.hand_out(std::mem::take(&mut step.shares), given, &watch);
+        let ended = self.hand_out(&step.shares, &given, &watch);
         self.scheduler.statistics(|statistics| {
             statistics.yielded += step.yielded as u64;
             statistics.prefix_tokens += step.adopted as u64;
@@ -210,15 +212,16 @@ impl<'e> Engine<'e> {
     /// Draws tokens and tells the receivers, several sequences at once; gives those that ended, by their places.
     fn hand_out(
         &mut self,
-        shares: Vec<Share>,
-        given: Vec<Vec<f32>>,
+        shares: &[Share],
+        given: &Given,
         watch: &Watch,
     ) -> Vec<(usize, Result<Finish, EngineError>)> {
         let model = self.model;
-        let mut given = shares.into_iter().zip(given).peekable();
+        let mut shares = shares.iter().copied().enumerate().peekable();
         let (mut turns, mut first_row) = (Vec::new(), 0);
         for (index, sequence) in self.running.iter_mut().enumerate() {
-            if let Some((share, given)) = given.next_if(|(share, _)| share.index == index) {
+            if let Some((place, share)) = shares.next_if(|(_, share)| share.index == index) {
+                let given = given.of(place);
                 turns.push(Turn { sequence, share, first_row, given, drawn: 0, result: Ok(None) });
                 first_row += share.tokens;
             }
@@ -227,7 +230,7 @@ impl<'e> Engine<'e> {
             for turn in turns {
                 let trace = turn.sequence.traces().then_some((&watch.trace, turn.first_row));
                 let before = turn.sequence.tokens.len();
-                turn.result = turn.sequence.advance(model, turn.share.tokens, &turn.given, trace);
+                turn.result = turn.sequence.advance(model, turn.share.tokens, turn.given, trace);
                 turn.drawn = turn.sequence.tokens.len() - before;
             }
         });

@@ -229,7 +229,8 @@ fn embeddings_are_those_of_the_whole_text() {
         let tokens = prompt(3, 200);
         let mut session = Session::new(model, Precision::Bf16);
         let mut readings = [crate::Reading { session: &mut session, tokens: &tokens, wanted: crate::Wanted::Hidden }];
-        let hidden = Session::read_step(&mut readings, &mut moebius_model::Silent).unwrap().remove(0);
+        let given = Session::read_step(&mut readings, &mut moebius_model::Silent).unwrap().unwrap();
+        let hidden = given.of(0).to_vec();
         let mean = |d: usize| (hidden.chunks(32).map(|row| f64::from(row[d])).sum::<f64>() / 200.0) as f32;
         let found = ask(scheduler, 0, &tokens, Task::Embed(Pooling::Mean)).unwrap().answer().embedding;
         assert_eq!(found, (0..32).map(mean).collect::<Vec<_>>());
