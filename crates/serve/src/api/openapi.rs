@@ -103,8 +103,13 @@ fn describe(operation: &Operation, keys: bool) -> Value {
         .answers
         .iter()
         .map(|&kind| {
-            let schema = if kind == JSON { "object" } else { "string" };
-            (kind.to_string(), json!({"schema": {"type": schema}}))
+            // An event stream has no schema: it is neither a value nor a text that a client would take whole.
+            let media = match kind {
+                EVENTS => json!({}),
+                JSON => json!({"schema": {"type": "object"}}),
+                _ => json!({"schema": {"type": "string"}}),
+            };
+            (kind.to_string(), media)
         })
         .collect();
     let mut responses = failures(operation, keys);
