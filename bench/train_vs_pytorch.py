@@ -1,14 +1,15 @@
-"""Training tokens/s and peak memory: Moebius against PyTorch on the same small MoE, one run, both sides alternating.
+"""Training tokens/s and peak memory: Moebius against PyTorch on the same models, one run, all sides alternating.
 
     pip install -r bench/requirements.txt
     cargo build --release
-    python bench/train_vs_pytorch.py [--rounds 3] [--steps 12] [--only REGEX] [--out bench/results/train.json]
+    python bench/train_vs_pytorch.py [--shape small] [--rounds 3] [--steps 12] [--only REGEX] [--out FILE]
 
-The model is recipes/small.toml: hidden 256, 6 layers, 8 heads, 8 experts top-2 of 512, vocab 4096, 16 sequences of 256
-tokens a step, two threads, AdamW, gradient clipping, balance loss. PyTorch runs transformers' Mixtral with each of its
-expert implementations and with a plain index_select loop, in f32 and under bf16 autocast, fused AdamW, random tokens.
-Each measurement is a process of its own; its speed is the median step after two warm-up steps, its memory the largest
-resident size that the system reports. Leave the machine otherwise idle.
+Shapes: `small` is recipes/small.toml (hidden 256, 6 layers, 8 experts top-2 of 512), `fine` has hidden 512, 8 layers and
+32 experts top-4 of 256. Both: 8 heads, vocabulary 4096, 16 sequences of 256 tokens a step, two threads, AdamW, gradient
+clipping, balance loss. Beside each mixture stands the dense model of the same active size. PyTorch runs transformers'
+Mixtral with each of its expert implementations and with a plain index_select loop, and its Llama, in f32 and under bf16
+autocast, fused AdamW, random tokens. Each measurement is a process of its own; its speed is the median step after two
+warm-up steps, its memory the largest resident size that the system reports. Leave the machine otherwise idle.
 """
 
 import argparse
@@ -26,7 +27,12 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BATCH, SEQUENCE, VOCAB, WARM_UP = 16, 256, 4096, 2
-PYTORCH = [(kind, dtype) for kind in ("eager", "grouped_mm", "loop") for dtype in ("f32", "bf16")]
+SHAPES = {
+    "small": {"hidden": 256, "layers": 6, "ffn": 512, "experts": 8, "experts_per_token": 2},
+    "fine": {"hidden": 512, "layers": 8, "ffn": 256, "experts": 32, "experts_per_token": 4},
+}
+DTYPES = ("bf16", "f32")
+PYTORCH = [(kind, dtype) for kind in ("eager", "grouped_mm", "loop", "dense") for dtype in DTYPES]
 
 
 def plain_loop():
@@ -50,21 +56,30 @@ def plain_loop():
     modeling_mixtral.MixtralExperts.forward = forward
 
 
-def pytorch(kind, dtype, steps):
+def pytorch_model(kind, shape):
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    both = {
+        "vocab_size": VOCAB, "hidden_size": shape["hidden"], "num_hidden_layers": shape["layers"],
+        "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": SEQUENCE}
+    if kind == "dense":
+        return LlamaForCausalLM(LlamaConfig(intermediate_size=shape["experts_per_token"] * shape["ffn"], **both))
+    if kind == "loop":
+        plain_loop()
+    model = MixtralForCausalLM(MixtralConfig(
+        intermediate_size=shape["ffn"], num_local_experts=shape["experts"],
+        num_experts_per_tok=shape["experts_per_token"], output_router_logits=True, router_aux_loss_coef=0.01, **both))
+    model.set_experts_implementation("eager" if kind == "loop" else kind)
+    return model
+
+
+def pytorch(kind, dtype, shape, steps):
     """Runs in a process of its own; prints seconds of each step and the peak memory."""
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    if kind == "loop":
-        plain_loop()
-    config = MixtralConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=SEQUENCE,
-        output_router_logits=True, router_aux_loss_coef=0.01)
-    model = MixtralForCausalLM(config)
-    model.set_experts_implementation("eager" if kind == "loop" else kind)
+    model = pytorch_model(kind, SHAPES[shape])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     seconds = []
     for _ in range(steps):
@@ -81,21 +96,30 @@ def pytorch(kind, dtype, steps):
     print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
 
 
-def measure_pytorch(kind, dtype, steps):
-    command = [sys.executable, __file__, "--pytorch", kind, dtype, "--steps", str(steps)]
+def measure_pytorch(kind, dtype, shape, steps):
+    command = [sys.executable, __file__, "--pytorch", kind, dtype, "--shape", shape, "--steps", str(steps)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
-def measure_moebius(precision, steps):
+def recipe_of(is_dense, precision, shape, steps):
+    shape = dict(SHAPES[shape])
     recipe = (ROOT / "recipes/small.toml").read_text()
     recipe = re.sub(r'"\.\./data', f'"{ROOT}/data', recipe)
-    for key, value in {"steps": steps, "save_every": steps, "validate_every": steps, "warmup_steps": 2,
-                       "precision": f'"{precision}"'}.items():
+    if is_dense:
+        shape["ffn"] *= shape["experts_per_token"]
+        recipe = re.sub(r"(?m)^experts.* = .*\n", "", recipe).split("[balance]")[0]
+    keys = {"steps": steps, "save_every": steps, "validate_every": steps, "warmup_steps": 2,
+            "precision": f'"{precision}"'} | shape
+    for key, value in keys.items():
         recipe = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", recipe)
+    return recipe
+
+
+def measure_moebius(is_dense, precision, shape, steps):
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "recipe.toml")
-        path.write_text(recipe)
+        path.write_text(recipe_of(is_dense, precision, shape, steps))
         binary = ROOT / "target/release/moebius"
         command = [str(binary), "--threads", "2", "train", str(path), "--out", f"{folder}/run"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -103,9 +127,10 @@ def measure_moebius(precision, steps):
         if status != 0:
             raise SystemExit(f"moebius train failed with status {status}")
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
-    # `seconds` of a step is its own duration.
-    seconds = [line["seconds"] for line in lines if line["kind"] == "step"]
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+    steps = [line for line in lines if line["kind"] == "step"]
+    # `seconds` of a step is its own duration, the optimiser's included.
+    return {"seconds": [step["seconds"] for step in steps], "peak_bytes": usage.ru_maxrss * 1024,
+            "optimizer_seconds": statistics.median(step["optimizer_seconds"] for step in steps[WARM_UP:])}
 
 
 def main():
@@ -114,33 +139,46 @@ def main():
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--only", default="", help="regular expression: the sides to measure")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--pytorch", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    shape, steps = arguments.shape, arguments.steps
     if arguments.pytorch:
-        return pytorch(*arguments.pytorch, arguments.steps)
+        return pytorch(*arguments.pytorch, shape, steps)
 
-    sides = {f"moebius {p}": lambda p=p: measure_moebius(p, arguments.steps) for p in ("bf16", "f32")}
-    sides |= {f"pytorch {k} {d}": lambda k=k, d=d: measure_pytorch(k, d, arguments.steps) for k, d in PYTORCH}
+    ours = {"moebius": False, "moebius dense": True}
+    sides = {f"{name} {p}": lambda d=d, p=p: measure_moebius(d, p, shape, steps) for name, d in ours.items() for p in DTYPES}
+    sides |= {f"pytorch {k} {d}": lambda k=k, d=d: measure_pytorch(k, d, shape, steps) for k, d in PYTORCH}
     sides = {name: measure for name, measure in sides.items() if re.search(arguments.only, name)}
-    results = {name: {"tokens_per_second": [], "peak_bytes": []} for name in sides}
+    results = {name: {"tokens_per_second": [], "peak_bytes": [], "optimizer_seconds": []} for name in sides}
     for _ in range(arguments.rounds):
         for name, measure in sides.items():
             measured = measure()
             speed = BATCH * SEQUENCE / statistics.median(measured["seconds"][WARM_UP:])
             results[name]["tokens_per_second"].append(speed)
             results[name]["peak_bytes"].append(measured["peak_bytes"])
+            results[name]["optimizer_seconds"].append(measured.get("optimizer_seconds"))
             print(f"  {name}: {speed:.0f} tokens/s", file=sys.stderr, flush=True)
-    best = max(statistics.median(r["tokens_per_second"]) for n, r in results.items() if n.startswith("pytorch"))
-    print(f"{'':24} {'tokens/s':>9} {'(min to max)':>16} {'GB':>6} {'ratio to the best PyTorch':>26}")
+
+    def best(is_dense):
+        """The fastest PyTorch row of a kind of model."""
+        rows = [r for n, r in results.items() if n.startswith("pytorch") and ("dense" in n) == is_dense]
+        return max((statistics.median(r["tokens_per_second"]) for r in rows), default=None)
+
+    print(f"{shape}: {'':18} {'tokens/s':>9} {'(min to max)':>16} {'GB':>6} {'optimiser, ms':>14} {'over the best PyTorch':>22}")
     for name, result in results.items():
-        speeds = result["tokens_per_second"]
+        speeds, of_best = result["tokens_per_second"], best("dense" in name)
         median, peak = statistics.median(speeds), max(result["peak_bytes"]) / 1e9
-        result["ratio_to_best_pytorch"] = median / best
-        print(f"{name:24} {median:9.0f} {f'({min(speeds):.0f} to {max(speeds):.0f})':>16} {peak:6.2f} {median / best:26.2f}")
+        optimizer = [seconds for seconds in result["optimizer_seconds"] if seconds is not None]
+        optimizer = f"{1e3 * statistics.median(optimizer):.1f}" if optimizer else ""
+        ratio = f"{median / of_best:.2f}" if of_best else ""
+        result["ratio_to_best_pytorch"] = median / of_best if of_best else None
+        span = f"({min(speeds):.0f} to {max(speeds):.0f})"
+        print(f"{name:25} {median:9.0f} {span:>16} {peak:6.2f} {optimizer:>14} {ratio:>22}")
     cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine())
     flags = next((l for l in open("/proc/cpuinfo") if l.startswith("flags")), "")
     report = {"cpu": cpu, "cores": os.cpu_count(), "amx": "amx_bf16" in flags, "avx512_bf16": "avx512_bf16" in flags,
-              "steps": arguments.steps, "results": results}
+              "shape": shape, "steps": steps, "results": results}
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

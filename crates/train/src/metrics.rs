@@ -66,6 +66,9 @@ pub struct StepRecord {
     pub tokens: u64,
     /// Seconds that this step took.
     pub seconds: f64,
+    /// Seconds of these that the optimiser took.
+    #[serde(default)]
+    pub optimizer_seconds: f64,
     /// Load of the experts, layer by layer; empty in a dense model.
     pub load: Vec<LayerLoad>,
 }
@@ -240,6 +243,7 @@ pub(crate) mod tests {
             gradient_norm: 0.5,
             tokens: step * 10,
             seconds: 0.25,
+            optimizer_seconds: 0.0,
             load,
         })
     }

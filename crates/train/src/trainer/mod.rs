@@ -175,7 +175,9 @@ impl Trainer {
         let Learner { model, optimizer, average } = &mut self.learner;
         let clip = clip_factor(computed.gradient_norm, self.recipe.optimizer.clip_norm);
         let gradient_scale = clip / self.recipe.train.accumulation as f64;
+        let moving = Instant::now();
         optimizer.step(model.params_mut(), &mut self.gradients, &StepSettings { step, rate, gradient_scale });
+        let optimizer_seconds = moving.elapsed().as_secs_f64();
         model.after_step(&computed.load.counts());
         if let Some(average) = average {
             average.update(&model.params(), step);
@@ -198,6 +200,7 @@ impl Trainer {
             gradient_norm: computed.gradient_norm,
             tokens: self.state.tokens,
             seconds: computed.begun.elapsed().as_secs_f64(),
+            optimizer_seconds,
             load,
         }
     }
