@@ -131,9 +131,13 @@ impl Sampler {
         if self.options.temperature == 0.0 {
             return Ok(ranked.best());
         }
-        let survivors = self.survivors(&mut ranked);
         // 53 bits: every f64 step of [0, 1) is equally likely.
-        let draw = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * survivors.probability;
+        let fraction = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        if !self.cuts() && ranked.holds_all() {
+            return Ok(ranked.draw(fraction));
+        }
+        let survivors = self.survivors(&mut ranked);
+        let draw = fraction * survivors.probability;
         let mut cumulative = 0.0;
         for place in 0..survivors.count - 1 {
             cumulative += ranked.at(place).probability;
@@ -175,6 +179,11 @@ impl Sampler {
         Ok(Ranked::new(logits, count, self.options.top_k, self.options.temperature))
     }
 
+    /// Whether top-p or min-p is on.
+    fn cuts(&self) -> bool {
+        self.options.top_p != 1.0 || self.options.min_p != 0.0
+    }
+
     fn penalises(&self) -> bool {
         let options = &self.options;
         options.repetition_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0
@@ -213,7 +222,7 @@ impl Sampler {
     /// How many of the likeliest are left by top-p and min-p, and their probability together.
     fn survivors(&self, ranked: &mut Ranked) -> Survivors {
         let (p, min_p) = (f64::from(self.options.top_p), f64::from(self.options.min_p));
-        if p == 1.0 && min_p == 0.0 {
+        if !self.cuts() {
             return Survivors { count: ranked.len(), probability: 1.0 };
         }
         let least = min_p * ranked.at(0).probability;
@@ -236,10 +245,13 @@ struct Survivors {
     probability: f64,
 }
 
+/// Logits whose weights the compiler computes side by side.
+const BLOCK: usize = 16;
+
 /// Candidates that are gathered and sorted only as far as somebody looks: of a hundred thousand tokens a few dozen matter.
 struct Ranked<'l> {
     logits: Cow<'l, [f32]>,
-    /// Candidates whose logits are at least `floor`.
+    /// Candidates whose logits are at least `floor`, which is infinite before the first look.
     scores: Vec<(u32, f32)>,
     floor: f32,
     /// All candidates.
@@ -250,6 +262,8 @@ struct Ranked<'l> {
     temperature: f32,
     /// The sum of what [`Ranked::weight`] gives for all candidates.
     sum: f64,
+    /// The same for each [`BLOCK`] logits; empty where top-k has cut candidates off.
+    blocks: Vec<f64>,
 }
 
 impl<'l> Ranked<'l> {
@@ -260,32 +274,63 @@ impl<'l> Ranked<'l> {
 
     fn new(logits: Cow<'l, [f32]>, count: usize, top_k: usize, temperature: f32) -> Self {
         let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let floor = greatest - Self::RARE * temperature;
-        let mut ranked = Self { logits, scores: Vec::new(), floor, count, sorted: 0, greatest, temperature, sum: 1.0 };
+        let (scores, floor, blocks) = (Vec::new(), f32::INFINITY, Vec::new());
+        let mut ranked = Self { logits, scores, floor, count, sorted: 0, greatest, temperature, sum: 1.0, blocks };
         if top_k > 0 && top_k < count {
-            ranked.floor = f32::NEG_INFINITY;
-            ranked.gather(f32::INFINITY);
+            ranked.gather(f32::NEG_INFINITY);
             ranked.scores.select_nth_unstable_by(top_k - 1, by_score);
             ranked.scores.truncate(top_k);
             ranked.scores.sort_unstable_by(by_score);
             (ranked.sorted, ranked.count) = (top_k, top_k);
             ranked.sum = ranked.scores.iter().map(|score| f64::from(ranked.weight(score.1))).sum();
         } else if temperature > 0.0 {
-            ranked.gather(f32::INFINITY);
-            // Blocks of independent weights, which the compiler computes side by side.
-            let mut weights = [0.0f32; 16];
-            ranked.sum = 0.0;
-            for logits in ranked.logits.chunks(weights.len()) {
-                weights.iter_mut().zip(logits).for_each(|(weight, &logit)| *weight = ranked.weight(logit));
-                ranked.sum += weights[..logits.len()].iter().map(|&weight| f64::from(weight)).sum::<f64>();
-            }
+            let sum_of = |logits: &[f32]| {
+                let mut weights = [0.0f32; BLOCK];
+                weights.iter_mut().zip(logits).for_each(|(weight, &logit)| {
+                    *weight = if logit == f32::NEG_INFINITY { 0.0 } else { ranked.weight(logit) };
+                });
+                weights.iter().map(|&weight| f64::from(weight)).sum::<f64>()
+            };
+            ranked.blocks = ranked.logits.chunks(BLOCK).map(sum_of).collect();
+            ranked.sum = ranked.blocks.iter().sum();
         }
         ranked
     }
 
-    /// Adds the candidates from the floor up to `below`.
-    fn gather(&mut self, below: f32) {
-        let floor = self.floor;
+    /// Whether every candidate may still be drawn.
+    fn holds_all(&self) -> bool {
+        !self.blocks.is_empty()
+    }
+
+    /// The token at `fraction` of the way through all candidates, in the order of their ids: where none is cut off, the
+    /// order is of no account, and ranking half a vocabulary takes longer than everything else here.
+    fn draw(&self, fraction: f64) -> u32 {
+        let draw = fraction * self.sum;
+        // The block, and the sum before it. Rounding may leave the draw behind all: then it is the last candidate's.
+        let (mut block, mut before, mut end) = (0, 0.0, 0.0);
+        for (number, &sum) in self.blocks.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+            (block, before, end) = (number, end, end + sum);
+            if draw < end {
+                break;
+            }
+        }
+        let first = block * BLOCK;
+        let mut chosen = first;
+        for (token, logit) in (first..).zip(self.logits.iter().skip(first).take(BLOCK)) {
+            if *logit != f32::NEG_INFINITY {
+                chosen = token;
+                before += f64::from(self.weight(*logit));
+                if draw < before {
+                    break;
+                }
+            }
+        }
+        chosen as u32
+    }
+
+    /// Adds the candidates from `floor` up to what was the floor before.
+    fn gather(&mut self, floor: f32) {
+        let below = std::mem::replace(&mut self.floor, floor);
         let wanted = |x: &f32| x.is_finite() && *x >= floor && *x < below;
         let found = self.logits.iter().enumerate().filter(|(_, x)| wanted(x)).map(|(id, &x)| (id as u32, x));
         self.scores.extend(found);
@@ -308,8 +353,8 @@ impl<'l> Ranked<'l> {
     fn at(&mut self, place: usize) -> Candidate {
         while place >= self.sorted {
             if self.sorted == self.scores.len() {
-                let below = std::mem::replace(&mut self.floor, f32::NEG_INFINITY);
-                self.gather(below);
+                let is_first = self.floor == f32::INFINITY;
+                self.gather(if is_first { self.greatest - Self::RARE * self.temperature } else { f32::NEG_INFINITY });
             }
             let rest = &mut self.scores[self.sorted..];
             let more = (3 * self.sorted).max(Self::FIRST).min(rest.len());
@@ -509,6 +554,18 @@ mod tests {
             // Four standard deviations of a binomial with 20,000 draws are at most 0.0139.
             assert!((share - wanted).abs() < 0.014, "token {token}: {share} instead of {wanted}");
         }
+    }
+
+    #[test]
+    fn plain_draws_meet_every_candidate_and_no_other() {
+        // Only tokens 20, 21 and 39 can be drawn; the rest of their blocks, and whole blocks, are excluded.
+        let mut logits = vec![f32::NEG_INFINITY; 70];
+        (logits[20], logits[21], logits[39]) = (1.0, 0.0, 1.0);
+        let ranked = Ranked::new(Cow::Borrowed(&logits), 3, 0, 1.0);
+        let share = 1.0 / (2.0 + f64::exp(-1.0));
+        let drawn = |fraction| ranked.draw(fraction);
+        assert_eq!([drawn(0.0), drawn(share - 1e-6), drawn(share + 1e-6)], [20, 20, 21]);
+        assert_eq!([drawn(1.0 - share - 1e-6), drawn(1.0 - share + 1e-6), drawn(1.0)], [21, 39, 39]);
     }
 
     #[test]
