@@ -1,11 +1,17 @@
 //! Published models, counted from their configurations: totals and active parameters as their makers round them.
 
+use moebius_model::config::SharedExperts;
 use moebius_model::families::read_config;
+use moebius_model::{Ffn, ModelConfig, UniformDecoder};
+use moebius_moe::RouterSettings;
 use serde_json::{Value, json};
 
+fn read(config: &Value) -> ModelConfig {
+    read_config(config.to_string().as_bytes(), "config.json").unwrap()
+}
+
 /// Billions in all, and those that take part in one token with embedding and head, of a configuration.
-fn count(config: &Value) -> [f64; 2] {
-    let config = read_config(config.to_string().as_bytes(), "config.json").unwrap();
+fn count(config: &ModelConfig) -> [f64; 2] {
     let found = config.inventory().unwrap();
     [found.total() as f64 / 1e9, found.active() as f64 / 1e9]
 }
@@ -106,23 +112,89 @@ fn published_models_have_the_parameters_that_their_makers_count() {
         ("Granite-1B-A400M", granite([1024, 24, 16, 8, 64], 32), [1.335, 0.429]),
         ("Granite-3B-A800M", granite([1536, 32, 24, 8, 64], 40), [3.299, 0.883]),
     ] {
-        for (found, wanted) in count(&config).into_iter().zip(wanted) {
+        for (found, wanted) in count(&read(&config)).into_iter().zip(wanted) {
             assert!((found / wanted - 1.0).abs() < 0.002, "{name}: counted {found} B, wanted {wanted} B");
         }
+    }
+}
+
+/// DeepSeekMoE-16B, whose files bring a program of their own and are no family here: its parts are.
+#[test]
+fn deepseek_moe_16b_has_the_parameters_that_its_makers_count() {
+    let shared = Some(SharedExperts { width: 2 * 1408, gated: false });
+    let decoder = UniformDecoder {
+        family: "llama",
+        vocab_size: 102_400,
+        hidden: 2048,
+        n_layers: 28,
+        n_heads: 16,
+        n_kv_heads: 16,
+        head_dim: 128,
+        ffn: Ffn::moe_with(64, 1408, RouterSettings::softmax(6, false), shared),
+        ..UniformDecoder::default()
+    };
+    let mut config = decoder.config();
+    config.layers[0].ffn = Ffn::dense(10944);
+    for (found, wanted) in count(&config).into_iter().zip([16.376, 2.829]) {
+        assert!((found / wanted - 1.0).abs() < 0.002, "counted {found} B, wanted {wanted} B");
     }
 }
 
 /// What is counted from the configuration is what a model has.
 #[test]
 fn the_count_is_the_models() {
-    for name in ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "phimoe", "llama4_text", "granitemoeshared"] {
+    for name in [
+        "mixtral",
+        "qwen2_moe",
+        "deepseek_v3",
+        "gpt_oss",
+        "phimoe",
+        "llama4_text",
+        "granitemoeshared",
+        "jetmoe",
+        "jamba",
+    ] {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
         let model = moebius_model::Model::load(&moebius_model::Checkpoint::open(&folder).unwrap()).unwrap();
-        let (found, wanted) = (model.config.inventory().unwrap(), model.count_params());
-        assert_eq!(found.total(), wanted.total as u64, "{name}");
-        // The model's own count leaves experts' biases among the active.
-        if !model.config.moe().is_some_and(|moe| moe.bias) {
-            assert_eq!(found.active(), wanted.active as u64, "{name}");
-        }
+        let found = model.config.inventory().unwrap();
+        let sum = |of: &dyn Fn(&str) -> bool| -> u64 {
+            model.params().iter().filter(|param| of(param.name())).map(|param| param.n_elements() as u64).sum()
+        };
+        assert_eq!(found.total(), sum(&|_| true), "{name}");
+        let is_expert = |param: &str| {
+            ["moe.gate_up", "moe.down", "moe.gate_up_bias", "moe.down_bias", "heads.q", "heads.o"]
+                .iter()
+                .any(|part| param.ends_with(&format!(".{part}")))
+        };
+        // Heads and networks of every fixture that has both are chosen by the same share.
+        let moe = model.config.moe().unwrap();
+        let chosen = sum(&is_expert) * moe.router.top_k as u64 / moe.n_experts as u64;
+        assert_eq!(found.active(), sum(&|param| !is_expert(param)) + chosen, "{name}");
     }
+}
+
+#[test]
+fn attention_behind_a_window_and_latents_cost_what_is_seen_of_them() {
+    let fixture = |name: &str| {
+        let file =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name).join("config.json");
+        read_config(&std::fs::read(file).unwrap(), name).unwrap()
+    };
+    // Two pairs of layers, one of each behind a window.
+    let windowed = fixture("gpt_oss");
+    let window = windowed.layers[0].mixer.reach().window().unwrap();
+    let attention = windowed.attention().unwrap();
+    let each = 4 * (attention.n_heads * attention.head_dim) as u64;
+    let limited = windowed.layers.iter().filter(|layer| layer.mixer.reach().window().is_some()).count() as u64;
+    let all = windowed.n_layers() as u64 - limited;
+    let at = |seen| windowed.operations(seen).unwrap()[1];
+    assert_eq!(at(1), each * (all + limited));
+    assert_eq!(at(10 * window), each * (10 * all + limited) * window as u64);
+    let bytes = windowed.cache_bytes(moebius_kernels::attention::CacheFormat::Bf16);
+    let row = 2 * 2 * attention.n_kv_heads * attention.head_dim;
+    assert_eq!((bytes.unlimited, bytes.limited), (row * all as usize, row * limited as usize));
+    let hybrid = fixture("jamba").cache_bytes(moebius_kernels::attention::CacheFormat::F32);
+    assert!(hybrid.states > 0 && hybrid.unlimited > 0 && hybrid.latents == 0);
+    let latent = fixture("deepseek_v3").cache_bytes(moebius_kernels::attention::CacheFormat::F32);
+    assert_eq!((latent.unlimited, latent.of_token()), (0, latent.latents));
 }
