@@ -141,22 +141,17 @@ impl<'s> Report<'s> {
 
     fn cache(&self, text: &mut String) {
         let _ = writeln!(text, "\n{:<26}{:>12}{:>12}{:>12}", "cache bytes", "f32", "bf16", "q8");
-        let rows: [(&str, fn(&CacheBytes) -> usize); 5] = [
-            ("a token", CacheBytes::of_token),
-            ("  keys and values", |bytes| bytes.unlimited),
-            ("  in windows or chunks", |bytes| bytes.limited),
-            ("  latents", |bytes| bytes.latents),
-            ("a sequence's states", |bytes| bytes.states),
-        ];
-        let kinds = |bytes: &CacheBytes| {
-            [bytes.unlimited, bytes.limited, bytes.latents].into_iter().filter(|&kind| kind > 0).count()
-        };
-        for (name, of) in rows {
-            let numbers = self.caches.each_ref().map(|(_, bytes)| of(bytes));
-            // A single kind of layers needs no lines of its own, but windows and latents are named.
-            let repeats = name == "  keys and values" && kinds(&self.caches[0].1) == 1;
-            if numbers[0] > 0 && !repeats {
-                let _ = writeln!(text, "  {name:<24}{:>12}{:>12}{:>12}", numbers[0], numbers[1], numbers[2]);
+        let each = self.caches.each_ref().map(|(_, bytes)| {
+            let CacheBytes { unlimited, limited, latents, states } = *bytes;
+            [bytes.of_token(), unlimited, limited, latents, states]
+        });
+        let names = ["a token", "  keys and values", "  in windows or chunks", "  latents", "a sequence's states"];
+        for (row, name) in names.into_iter().enumerate() {
+            let [f32, bf16, q8] = each.map(|numbers| numbers[row]);
+            // Where all layers are of the common kind, they need no line of their own.
+            let repeats = row == 1 && f32 == each[0][0];
+            if f32 > 0 && !repeats {
+                let _ = writeln!(text, "  {name:<24}{f32:>12}{bf16:>12}{q8:>12}");
             }
         }
     }
