@@ -1,5 +1,7 @@
 //! Checkpoints: folders in Hugging Face's layout, read whole (one file or shards) and written whole or not at all.
 
+mod index;
+
 use crate::families::{self, TensorMap, group_by_file};
 use crate::files::Staged;
 use crate::gguf::{GgufFile, GgufModel};
@@ -13,9 +15,11 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) use index::{read_index, visit_index};
+
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const WEIGHTS: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// An open checkpoint: its configuration, and where each tensor is.
 pub struct Checkpoint<'a> {
@@ -274,30 +278,6 @@ pub(crate) struct Stored<'c> {
     pub(crate) bytes: Cow<'c, [u8]>,
 }
 
-/// The shards that an index names, each with its tensors.
-pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
-    let name = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
-    let index: Value =
-        serde_json::from_slice(&bytes).map_err(|error| ModelError::file(&name, format!("wanted JSON: {error}")))?;
-    let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
-        return Err(ModelError::config(&name, "weight_map", "wanted an object of tensor names and files"));
-    };
-    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (tensor, shard) in map {
-        let file = shard.as_str().filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file));
-        let Some(file) = file else {
-            return Err(ModelError::tensor(
-                &name,
-                tensor,
-                format!("wanted the name of a file beside the index, found {shard}"),
-            ));
-        };
-        shards.entry(file.to_string()).or_default().push(tensor.clone());
-    }
-    Ok(shards)
-}
-
 /// Numbers of an MXFP4 block.
 const MX_BLOCK: usize = 32;
 
@@ -327,8 +307,17 @@ pub struct NamedTensor<'m> {
 /// Something of every weight, the weight itself or its gradient, under the checkpoint's names and shapes. `of` gives the
 /// numbers of one of our weights; tensors of weights it has nothing for are left out.
 pub fn named_tensors<'m>(model: &'m Model, of: impl Fn(&'m Param) -> Option<&'m [f32]>) -> Vec<NamedTensor<'m>> {
+    tensors_as(&model.config, model, of)
+}
+
+/// As [`named_tensors`], in the layout of `config`.
+fn tensors_as<'m>(
+    config: &ModelConfig,
+    model: &'m Model,
+    of: impl Fn(&'m Param) -> Option<&'m [f32]>,
+) -> Vec<NamedTensor<'m>> {
     let params: BTreeMap<&str, &Param> = model.params().into_iter().map(|param| (param.name(), param)).collect();
-    let groups = group_by_file(families::tensors(&model.config));
+    let groups = group_by_file(families::tensors(config));
     let tensor = |maps: Vec<TensorMap>| {
         let data = match &maps[..] {
             [map] if map.is_whole() => {
@@ -370,7 +359,23 @@ pub enum StoredAs {
 /// # Errors
 /// What the system says; what stood in the folder still does then, and nothing else.
 pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(), ModelError> {
-    let named = named_tensors(model, |param| Some(param.value().data()));
+    save_model_as(folder, model, &model.config, stored_as)
+}
+
+/// As [`save_model`], in the layout of another configuration with the same weights ([`families::published`]).
+///
+/// # Errors
+/// As [`save_model`].
+///
+/// # Panics
+/// If `config` has other weights.
+pub fn save_model_as(
+    folder: &Path,
+    model: &Model,
+    config: &ModelConfig,
+    stored_as: StoredAs,
+) -> Result<(), ModelError> {
+    let named = tensors_as(config, model, |param| Some(param.value().data()));
     let tensors: Vec<TensorToWrite> = (named.iter())
         .map(|NamedTensor { name, shape, data }| {
             let data = match stored_as {
@@ -380,7 +385,7 @@ pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(
             TensorToWrite { name: name.clone(), shape: shape.clone(), data }
         })
         .collect();
-    save_tensors(folder, &model.config, &tensors, stored_as)
+    save_tensors(folder, config, &tensors, stored_as)
 }
 
 /// As [`save_model`], from the family's tensors.

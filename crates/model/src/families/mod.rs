@@ -12,6 +12,7 @@ mod glm4_moe_lite;
 mod gpt_oss;
 mod granitemoe;
 mod granitemoeshared;
+mod grok;
 mod hunyuan_v1_moe;
 mod hybrid;
 mod jamba;
@@ -27,6 +28,7 @@ mod mixtral;
 mod moebius;
 mod olmoe;
 mod phimoe;
+mod published;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
@@ -40,6 +42,7 @@ mod tensors;
 
 use crate::{ModelConfig, ModelError};
 pub(crate) use keys::Keys;
+pub use published::published;
 use serde_json::{Map, Value};
 pub(crate) use tensor_map::group_by_file;
 pub use tensor_map::{TensorMap, View};
@@ -72,6 +75,7 @@ pub fn all() -> &'static [Family] {
         gpt_oss::FAMILY,
         granitemoe::FAMILY,
         granitemoeshared::FAMILY,
+        grok::FAMILY,
         hunyuan_v1_moe::FAMILY,
         jamba::FAMILY,
         jetmoe::FAMILY,
