@@ -5,6 +5,7 @@
 
 mod team;
 
+use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,9 +14,28 @@ use crate::isa;
 
 pub use team::with_team;
 
-/// How many threads the current pool has.
+thread_local! {
+    /// Whether this thread is inside [`alone`].
+    static ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// How many threads a loop has: those of the current pool, or one inside [`alone`].
 pub fn threads() -> usize {
-    rayon::current_num_threads()
+    if ALONE.get() { 1 } else { rayon::current_num_threads() }
+}
+
+/// Runs `body`, whose loops stay on this thread: for the body of a loop that keeps all threads busy itself, and is more than
+/// one simple pass.
+pub fn alone<R>(body: impl FnOnce() -> R) -> R {
+    /// Also when the body panics.
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            ALONE.set(self.0);
+        }
+    }
+    let _restore = Restore(ALONE.replace(true));
+    body()
 }
 
 /// Calls `body(index)` for each index below `count`, in parallel when there are more than `serial_count`.
