@@ -6,7 +6,7 @@
 
 use crate::{Gradients, Param, Place};
 use moebius_kernels::gemm::Beta;
-use moebius_kernels::memory::Buffer;
+use moebius_kernels::memory::{self, Buffer};
 use moebius_kernels::select;
 
 /// Gradients under way, as an operation's closure sees them.
@@ -54,7 +54,7 @@ impl<'g> Backprop<'g> {
     pub fn sum_of(&mut self, x: impl Into<Place>) -> Option<&mut [f32]> {
         let (buffer, beta) = self.of(x)?;
         if beta == Beta::Overwrite {
-            buffer.fill(0.0);
+            memory::clear(buffer);
         }
         Some(buffer)
     }
@@ -62,7 +62,7 @@ impl<'g> Backprop<'g> {
     /// Adds `gradient` to that of `x`.
     pub fn add(&mut self, x: impl Into<Place>, gradient: &[f32]) {
         match self.of(x) {
-            Some((buffer, Beta::Overwrite)) => buffer.copy_from_slice(gradient),
+            Some((buffer, Beta::Overwrite)) => memory::copy(gradient, buffer),
             Some((buffer, Beta::Accumulate)) => select::add_assign(buffer, gradient),
             None => {}
         }

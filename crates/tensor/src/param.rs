@@ -2,7 +2,7 @@
 
 use crate::{Tensor, TensorError};
 use moebius_kernels::gemm::{Beta, Mat, Packed, Precision, grouped_matmul};
-use moebius_kernels::memory::Buffer;
+use moebius_kernels::memory::{self, Buffer};
 use moebius_kernels::parallel;
 use moebius_kernels::quantised::{QuantisedMatrix, grouped_quantised_matmul};
 use moebius_kernels::select;
@@ -308,7 +308,7 @@ impl Gradients {
     pub fn get_mut(&mut self, id: usize, len: usize) -> &mut [f32] {
         let (buffer, fresh) = self.slot(id, len);
         if fresh {
-            buffer.fill(0.0);
+            memory::clear(buffer);
         }
         buffer
     }

@@ -8,6 +8,27 @@ use std::ptr::NonNull;
 use bytemuck::Pod;
 
 use super::pool::{ALIGNMENT, Block};
+use crate::parallel::for_each_chunk;
+
+/// Bytes that one thread copies or clears at once, and no more than these alone: one thread does not fill the memory bus.
+const PART_BYTES: usize = 1 << 18;
+
+/// `to = from`, by all threads where it is much.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn copy<T: Pod>(from: &[T], to: &mut [T]) {
+    assert_eq!(from.len(), to.len(), "values to copy");
+    let from: &[u8] = bytemuck::cast_slice(from);
+    for_each_chunk(bytemuck::cast_slice_mut(to), PART_BYTES, 2 * PART_BYTES, |first, to: &mut [u8]| {
+        to.copy_from_slice(&from[first..first + to.len()]);
+    });
+}
+
+/// Fills with zeros, by all threads where it is much.
+pub fn clear<T: Pod>(to: &mut [T]) {
+    for_each_chunk(bytemuck::cast_slice_mut(to), PART_BYTES, 2 * PART_BYTES, |_, to: &mut [u8]| to.fill(0));
+}
 
 /// A fixed number of plain values, 64-byte aligned.
 pub struct Buffer<T: Pod> {
@@ -22,7 +43,7 @@ impl<T: Pod> Buffer<T> {
     pub fn zeroed(len: usize) -> Self {
         let (mut buffer, fresh) = Self::take(len);
         if !fresh {
-            buffer.fill(T::zeroed());
+            clear(&mut buffer);
         }
         buffer
     }
@@ -35,7 +56,7 @@ impl<T: Pod> Buffer<T> {
     /// A copy of `values`.
     pub fn from_slice(values: &[T]) -> Self {
         let mut buffer = Self::scratch(values.len());
-        buffer.copy_from_slice(values);
+        copy(values, &mut buffer);
         buffer
     }
 

@@ -5,7 +5,7 @@ mod mapped;
 mod pool;
 mod shared;
 
-pub use buffer::Buffer;
+pub use buffer::{Buffer, clear, copy};
 pub use mapped::MappedFile;
 pub use pool::{PoolStatistics, release_pool, statistics};
 pub use shared::SharedBytes;

@@ -16,6 +16,7 @@ mod validation;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use moebius_kernels::parallel::with_team;
 use moebius_model::{Counted, Model};
 use moebius_tensor::{Gradients, Param};
 
@@ -165,7 +166,7 @@ impl Trainer {
         let begun = Instant::now();
         let mut load = LoadCounts::default();
         let losses = self.accumulate(&mut load)?;
-        let gradient_norm = self.gradients.norm() / self.recipe.train.accumulation as f64;
+        let gradient_norm = with_team(|| self.gradients.norm()) / self.recipe.train.accumulation as f64;
         Ok(Computed { begun, losses, gradient_norm, load })
     }
 
@@ -177,7 +178,8 @@ impl Trainer {
         let clip = clip_factor(computed.gradient_norm, self.recipe.optimizer.clip_norm);
         let gradient_scale = clip / self.recipe.train.accumulation as f64;
         let moving = Instant::now();
-        optimizer.step(model.params_mut(), &mut self.gradients, &StepSettings { step, rate, gradient_scale });
+        let settings = StepSettings { step, rate, gradient_scale };
+        with_team(|| optimizer.step(model.params_mut(), &mut self.gradients, &settings));
         let optimizer_seconds = moving.elapsed().as_secs_f64();
         model.after_step(&computed.load.counts());
         if let Some(average) = average {
