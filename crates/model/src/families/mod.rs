@@ -43,6 +43,7 @@ pub(crate) use keys::Keys;
 use serde_json::{Map, Value};
 pub(crate) use tensor_map::group_by_file;
 pub use tensor_map::{TensorMap, View};
+pub(crate) use tensors::{matrix, norm, part, vector};
 
 /// One published family.
 #[derive(Clone, Copy)]
