@@ -57,6 +57,8 @@ pub enum Command {
     Load(crate::commands::load::arguments::LoadArguments),
     /// Write a model as a GGUF file, which llama.cpp runs
     Export(ExportArguments),
+    /// Tell what a model is made of: parameters, bytes, cache, FLOPs
+    Info(crate::commands::info::InfoArguments),
     /// Write the logits of given tokens to a file
     Logits(LogitsArguments),
     /// Compare with golden folders: logits, routing, greedy tokens, losses, gradients

@@ -57,6 +57,7 @@ fn dispatch(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Serve(serve) => commands::serve::execute(serve),
         Command::Load(load) => commands::load::execute(load),
         Command::Export(export) => commands::export::execute(export),
+        Command::Info(info) => commands::info::execute(info),
         Command::Logits(logits) => commands::logits::execute(logits),
         Command::Check(check) => commands::check::execute(check),
     }

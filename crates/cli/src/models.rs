@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use moebius_engine::{ChatTemplate, GenerationDefaults, Tokenizer, gguf};
 use moebius_model::gguf::GgufFile;
-use moebius_model::{Checkpoint, Model, RunFormat, packed};
+use moebius_model::{Checkpoint, Model, RunFormat, Survey, packed};
 
 use crate::output::LoadBar;
 
@@ -68,6 +68,17 @@ impl Source {
         let checkpoint = self.checkpoint()?;
         let (mut bar, format) = (LoadBar::new(), asked.unwrap_or(or));
         Ok(Model::load_to_run(&checkpoint, format, &mut |progress| bar.show(progress))?)
+    }
+
+    /// What it is, from its configuration and headers alone.
+    ///
+    /// # Errors
+    /// As [`Source::model`].
+    pub fn survey(&self) -> anyhow::Result<Survey> {
+        Ok(match self {
+            Self::Shipped => Survey::from_bytes(shipped::CONFIG, shipped::WEIGHTS)?,
+            Self::Folder(path) | Self::Gguf(path) => Survey::open(path)?,
+        })
     }
 
     fn checkpoint(&self) -> anyhow::Result<Checkpoint<'static>> {

@@ -1,5 +1,7 @@
 //! Checkpoints: folders in Hugging Face's layout, read whole (one file or shards) and written whole or not at all.
 
+mod index;
+
 use crate::families::{self, TensorMap, group_by_file};
 use crate::files::Staged;
 use crate::gguf::{GgufFile, GgufModel};
@@ -13,9 +15,11 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) use index::{read_index, visit_index};
+
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const WEIGHTS: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// An open checkpoint: its configuration, and where each tensor is.
 pub struct Checkpoint<'a> {
@@ -272,30 +276,6 @@ pub(crate) struct Stored<'c> {
     pub(crate) format: Format,
     /// Whole blocks, row after row; a copy if the file has the rows in another order.
     pub(crate) bytes: Cow<'c, [u8]>,
-}
-
-/// The shards that an index names, each with its tensors.
-pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
-    let name = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
-    let index: Value =
-        serde_json::from_slice(&bytes).map_err(|error| ModelError::file(&name, format!("wanted JSON: {error}")))?;
-    let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
-        return Err(ModelError::config(&name, "weight_map", "wanted an object of tensor names and files"));
-    };
-    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (tensor, shard) in map {
-        let file = shard.as_str().filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file));
-        let Some(file) = file else {
-            return Err(ModelError::tensor(
-                &name,
-                tensor,
-                format!("wanted the name of a file beside the index, found {shard}"),
-            ));
-        };
-        shards.entry(file.to_string()).or_default().push(tensor.clone());
-    }
-    Ok(shards)
 }
 
 /// Numbers of an MXFP4 block.

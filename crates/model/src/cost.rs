@@ -87,7 +87,8 @@ impl Model {
     pub fn cost(&self, numerics: impl Into<Numerics>, batch: &Batch, logit_rows: usize, experts: &ExpertUse) -> Cost {
         let Numerics { precision, cache } = numerics.into();
         let (rows, logit_rows) = (batch.tokens.len() as u64, logit_rows as u64);
-        let mut cost = self.mixer_cost(batch, cache);
+        let mut cost = Cost::default();
+        self.config.layers.iter().for_each(|layer| cost += layer.mixer.cost(self.config.hidden, batch, cache));
         for param in self.params() {
             let elements = param.shape().iter().product::<usize>() as u64;
             let bytes = held_bytes(param, precision);
@@ -122,31 +123,26 @@ impl Model {
         self.params().into_iter().map(|param| held_bytes(param, precision)).sum()
     }
 
-    /// Keys and values that the batch's tokens see: each sequence's once, and the arithmetic on them.
-    fn mixer_cost(&self, batch: &Batch, format: CacheFormat) -> Cost {
-        let mut cost = Cost::default();
-        for layer in &self.config.layers {
-            let position_bytes = layer.mixer.position_bytes(format);
-            cost += match &layer.mixer {
-                Mixer::Attention(config) => {
-                    attention_cost(2 * config.n_heads * config.head_dim, position_bytes, config.reach, batch)
-                }
-                Mixer::Latent(config) => {
-                    let a_pair = config.n_heads * (2 * config.kv_rank + config.rope_dim);
-                    attention_cost(a_pair, position_bytes, Reach::All, batch)
-                }
-                Mixer::HeadMixture(HeadMixture { router, n_kv_heads, head_dim, .. }) => {
-                    attention_cost(2 * router.top_k * n_kv_heads * head_dim, position_bytes, Reach::All, batch)
-                }
-                recurrent => state_cost(recurrent.state_numbers(self.config.hidden).iter().sum(), batch),
-            };
-        }
-        cost
-    }
-
     /// Experts that a token is sent to and experts there are, if there is a choice.
     pub fn experts(&self) -> Option<(usize, usize)> {
         self.config.moe().map(|moe| (moe.router.top_k, moe.n_experts))
+    }
+}
+
+impl Mixer {
+    /// Keys and values that the batch's tokens see: each sequence's once, and the arithmetic on them.
+    pub(crate) fn cost(&self, hidden: usize, batch: &Batch, format: CacheFormat) -> Cost {
+        let a_pair = match self {
+            Self::Attention(config) => 2 * config.n_heads * config.head_dim,
+            Self::Latent(config) => config.n_heads * (2 * config.kv_rank + config.rope_dim),
+            Self::HeadMixture(HeadMixture { router, n_kv_heads, head_dim, .. }) => {
+                2 * router.top_k * n_kv_heads * head_dim
+            }
+            Self::DeltaNet(_) | Self::ShortConvolution(_) | Self::Mamba(_) => {
+                return state_cost(self.state_numbers(hidden).iter().sum(), batch);
+            }
+        };
+        attention_cost(a_pair, self.position_bytes(format), self.reach(), batch)
     }
 }
 

@@ -1,7 +1,6 @@
 //! [`Model`]: a decoder, layers between an embedding and an output projection.
 
 use crate::cache::LayerState;
-use crate::config::Mixer;
 use crate::layer::Layer;
 use crate::norm::StreamNorm;
 use crate::weights::{MakeParam, Weights};
@@ -119,19 +118,8 @@ impl Model {
 
     /// Total and active weights, embeddings included (a tied one once).
     pub fn count_params(&self) -> ParameterCount {
-        let total = self.params().iter().map(|param| param.n_elements()).sum();
-        let idle: usize = (self.config.layers.iter().filter_map(|layer| layer.ffn.moe()))
-            .map(|moe| (moe.n_experts - moe.router.top_k) * 3 * moe.width * self.config.hidden)
-            .sum();
-        let idle_heads: usize = (self.config.layers.iter())
-            .filter_map(|layer| match &layer.mixer {
-                Mixer::HeadMixture(heads) => Some(heads),
-                _ => None,
-            })
-            .map(|heads| (heads.n_experts - heads.router.top_k) * heads.n_kv_heads * heads.head_dim)
-            .map(|rows| 2 * rows * self.config.hidden)
-            .sum();
-        ParameterCount { total, active: total - idle - idle_heads }
+        let inventory = self.config.inventory().expect("a model's configuration was looked at when it was made");
+        ParameterCount { total: inventory.total() as usize, active: inventory.active() as usize }
     }
 
     /// Tells each layer's routing method, once an optimiser step, how many assignments each expert had in all of the step's

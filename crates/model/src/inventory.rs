@@ -2,10 +2,10 @@
 //!
 //! The parts are those that [`Model::build`](crate::Model) asks for, so that a count cannot differ from the model.
 
-use crate::config::{LayerConfig, Mixer, ModelConfig, Reach};
+use crate::config::{Ffn, HeadMixture, LayerConfig, Mixer, ModelConfig, Reach};
 use crate::layer::Layer;
 use crate::weights::Weights;
-use crate::{KvCache, ModelError};
+use crate::{Batch, ModelError};
 use moebius_kernels::attention::CacheFormat;
 use moebius_tensor::Param;
 
@@ -18,6 +18,8 @@ pub struct Inventory {
     pub head: u64,
     /// Attention and its norms, or whatever else mixes tokens.
     pub mixers: u64,
+    /// Of those, what one token leaves out: attention heads that a router chooses from.
+    pub idle_mixers: u64,
     /// Feed-forward parts without a router.
     pub dense: u64,
     /// Routers.
@@ -35,7 +37,7 @@ pub struct Inventory {
 impl Inventory {
     /// All parameters.
     pub fn total(&self) -> u64 {
-        self.embedding + self.head + self.active_layers() - self.chosen_experts + self.experts
+        self.active() + self.idle_mixers + self.experts - self.chosen_experts
     }
 
     /// Those that take part in one token, embedding and head among them.
@@ -45,7 +47,8 @@ impl Inventory {
 
     /// Those of the layers that take part in one token: neither embedding nor head.
     pub fn active_layers(&self) -> u64 {
-        self.mixers + self.dense + self.routers + self.chosen_experts + self.shared_experts + self.norms
+        let mixers = self.mixers - self.idle_mixers;
+        mixers + self.dense + self.routers + self.chosen_experts + self.shared_experts + self.norms
     }
 
     /// Those whose product with a token is computed: the active ones less the embedding's rows, the head always.
@@ -66,29 +69,33 @@ impl ModelConfig {
         let head = if self.tie_embeddings { 0 } else { table };
         let head_bias = if self.head_bias { vocab } else { 0 };
         let mut sum = Inventory { embedding: table, head: head + head_bias, ..Inventory::default() };
-        // Most layers are as one before.
-        let mut known: Vec<(&LayerConfig, Inventory)> = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let is_plain = self.depths.is_none_or(|depths| !depths.applies(index));
-            let counted = match known.iter().find(|(other, _)| is_plain && *other == layer) {
-                Some((_, counted)) => *counted,
-                None => {
-                    let counted = self.layer_inventory(index, layer)?;
-                    if is_plain {
-                        known.push((layer, counted));
-                    }
-                    counted
-                }
-            };
-            sum.add(&counted);
-        }
+        self.layer_kinds()?.iter().for_each(|kind| sum.add(&kind.each, kind.layers.len() as u64));
         sum.norms += hidden * self.norm_vectors();
         Ok(sum)
     }
 
-    /// Vectors of one norm.
+    /// The kinds of layers there are, in the order in which they come first.
+    ///
+    /// # Errors
+    /// A contradictory configuration.
+    pub fn layer_kinds(&self) -> Result<Vec<LayerKind<'_>>, ModelError> {
+        let mut kinds: Vec<LayerKind<'_>> = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let is_routed = self.depths.is_some_and(|depths| depths.applies(index));
+            match kinds.iter_mut().find(|kind| (kind.is_routed, kind.config) == (is_routed, layer)) {
+                Some(kind) => kind.layers.push(index),
+                None => {
+                    let each = self.layer_inventory(index, layer)?;
+                    kinds.push(LayerKind { layers: vec![index], config: layer, is_routed, each });
+                }
+            }
+        }
+        Ok(kinds)
+    }
+
+    /// Vectors of the last norm.
     fn norm_vectors(&self) -> u64 {
-        match self.norm {
+        match self.last_norm.unwrap_or(self.norm) {
             crate::config::Norm::Layer { bias: true, .. } => 2,
             _ => 1,
         }
@@ -98,17 +105,24 @@ impl ModelConfig {
         let mut sum = Inventory::default();
         let mut count = |_: usize, name: &str, shape: &[usize]| {
             let elements = shape.iter().map(|&n| n as u64).product::<u64>();
-            let chosen = layer.ffn.moe().map_or(0, |moe| elements / moe.n_experts as u64 * moe.router.top_k as u64);
-            match name.split_once('.') {
-                Some(("mlp", _)) => sum.dense += elements,
-                Some(("moe", part)) if part.starts_with("shared.") => sum.shared_experts += elements,
-                Some(("moe", "router" | "router_bias" | "selection_bias")) => sum.routers += elements,
-                Some(("moe", _)) => {
+            let chosen = |[n_experts, top_k]: [usize; 2]| elements / n_experts as u64 * top_k as u64;
+            match (name.split_once('.'), &layer.mixer, &layer.ffn) {
+                (None, ..) if name.starts_with("depth") => sum.routers += elements,
+                (None, ..) => sum.norms += elements,
+                (Some(("mlp", _)), ..) => sum.dense += elements,
+                (Some(("moe", "gate_up" | "down" | "gate_up_bias" | "down_bias")), _, Ffn::Moe(moe)) => {
                     sum.experts += elements;
-                    sum.chosen_experts += chosen;
+                    sum.chosen_experts += chosen([moe.n_experts, moe.router.top_k]);
                 }
-                Some(_) => sum.mixers += elements,
-                None => sum.norms += elements,
+                (Some(("moe", part)), ..) if part.starts_with("shared.") || part == "output_bias" => {
+                    sum.shared_experts += elements;
+                }
+                (Some(("moe", _)), ..) => sum.routers += elements,
+                (Some(("heads", "q" | "o")), Mixer::HeadMixture(HeadMixture { n_experts, router, .. }), _) => {
+                    sum.mixers += elements;
+                    sum.idle_mixers += elements - chosen([*n_experts, router.top_k]);
+                }
+                _ => sum.mixers += elements,
             }
             // Of the shape, nothing is needed but that it is one.
             Ok(Param::shaped(name, shape))
@@ -117,38 +131,77 @@ impl ModelConfig {
         Ok(sum)
     }
 
-    /// Bytes that a position adds to a cache of bf16, and layers that stop growing at some length.
-    pub fn cache_bytes(&self) -> usize {
-        KvCache::position_bytes(self, CacheFormat::Bf16)
+    /// What a cache in this format takes.
+    pub fn cache_bytes(&self, format: CacheFormat) -> CacheBytes {
+        let mut sum = CacheBytes::default();
+        for layer in &self.layers {
+            let position = layer.mixer.position_bytes(format);
+            match (&layer.mixer, layer.mixer.reach()) {
+                (Mixer::Latent(_), _) => sum.latents += position,
+                (_, Reach::All) => sum.unlimited += position,
+                (_, Reach::Window(_) | Reach::Chunk(_)) => sum.limited += position,
+            }
+            sum.states += size_of::<f32>() * layer.mixer.state_numbers(self.hidden).iter().sum::<usize>();
+        }
+        sum
     }
 
-    /// Operations (multiplications and additions) of one token's products, and of its attention for each position that
-    /// it sees, summed over the layers that see all.
+    /// Operations (multiplications and additions) of a token that is the `seen`th of its text: of the products with
+    /// weights, and of attention and the states of other mixers. Norms, softmax and activations are left out.
     ///
     /// # Errors
     /// A contradictory configuration.
-    pub fn operations(&self) -> Result<[u64; 2], ModelError> {
-        let seen = |layer: &LayerConfig| match &layer.mixer {
-            Mixer::Attention(attention) if attention.reach == Reach::All => {
-                4 * (attention.n_heads * attention.head_dim) as u64
-            }
-            Mixer::Attention(_) => 0,
-            Mixer::Latent(latent) => 2 * (latent.n_heads * (2 * latent.kv_rank + latent.rope_dim)) as u64,
-            Mixer::HeadMixture(mixture) => 4 * (mixture.router.top_k * mixture.n_kv_heads * mixture.head_dim) as u64,
-            Mixer::DeltaNet(_) | Mixer::ShortConvolution(_) | Mixer::Mamba(_) => 0,
+    pub fn operations(&self, seen: usize) -> Result<[u64; 2], ModelError> {
+        let of_mixer = |layer: &LayerConfig| {
+            layer.mixer.cost(self.hidden, &Batch::continuing(&[0], seen.saturating_sub(1)), CacheFormat::F32).operations
         };
-        Ok([2 * self.inventory()?.multiplied(), self.layers.iter().map(seen).sum()])
+        Ok([2 * self.inventory()?.multiplied(), self.layers.iter().map(of_mixer).sum()])
     }
 }
 
+/// Bytes of a cache, by what becomes of them as the text grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheBytes {
+    /// For each token: keys and values of layers that see all tokens before.
+    pub unlimited: usize,
+    /// For each token: keys and values of layers that see a window or a chunk. They are kept, though read no longer.
+    pub limited: usize,
+    /// For each token: the latents from which keys and values are made.
+    pub latents: usize,
+    /// For each sequence, however long it is: the states of recurrent mixers, in f32.
+    pub states: usize,
+}
+
+impl CacheBytes {
+    /// For each token.
+    pub fn of_token(&self) -> usize {
+        self.unlimited + self.limited + self.latents
+    }
+}
+
+/// Layers that are alike.
+#[derive(Clone, Debug)]
+pub struct LayerKind<'c> {
+    /// Their numbers.
+    pub layers: Vec<usize>,
+    /// What each is made of.
+    pub config: &'c LayerConfig,
+    /// Whether a router lets only some tokens through.
+    pub is_routed: bool,
+    /// Parameters of each.
+    pub each: Inventory,
+}
+
 impl Inventory {
-    fn add(&mut self, other: &Self) {
-        self.mixers += other.mixers;
-        self.dense += other.dense;
-        self.routers += other.routers;
-        self.experts += other.experts;
-        self.chosen_experts += other.chosen_experts;
-        self.shared_experts += other.shared_experts;
-        self.norms += other.norms;
+    /// Adds what `count` layers have.
+    fn add(&mut self, other: &Self, count: u64) {
+        self.mixers += count * other.mixers;
+        self.idle_mixers += count * other.idle_mixers;
+        self.dense += count * other.dense;
+        self.routers += count * other.routers;
+        self.experts += count * other.experts;
+        self.chosen_experts += count * other.chosen_experts;
+        self.shared_experts += count * other.shared_experts;
+        self.norms += count * other.norms;
     }
 }

@@ -36,6 +36,7 @@ mod running;
 pub mod safetensors;
 pub mod shapes;
 mod short_convolution;
+mod survey;
 pub mod vision;
 mod weights;
 
@@ -48,8 +49,9 @@ pub use decoder::{Model, ParameterCount};
 pub use encoder_decoder::EncoderDecoder;
 pub use error::ModelError;
 pub use files::atomic_write;
-pub use inventory::Inventory;
+pub use inventory::{CacheBytes, Inventory, LayerKind};
 pub use loss::{Loss, LossSettings};
 pub use observer::{Observer, Silent};
 pub use running::{LoadProgress, RunFormat};
 pub use safetensors::Dtype;
+pub use survey::{StoredType, StoredWeights, Survey, SurveySource};

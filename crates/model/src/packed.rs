@@ -8,7 +8,7 @@ use crate::families;
 use crate::files::Staged;
 use crate::running::is_matrix;
 use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, stage_safetensors};
-use crate::{Model, ModelError};
+use crate::{Model, ModelConfig, ModelError};
 use moebius_kernels::formats::Format;
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_kernels::memory::SharedBytes;
@@ -154,6 +154,27 @@ impl Model {
             Ok(Param::frozen(id, name, shape, reader.matrices(name, shape)?)?)
         })
     }
+}
+
+/// Tells of each weight of a packed model the name of its format, its numbers and its bytes, from the headers alone.
+pub(crate) fn survey(
+    folder: &Path,
+    config: &ModelConfig,
+    tell: &mut dyn FnMut(&str, usize, usize),
+) -> Result<(), ModelError> {
+    let reader = Reader::open(folder)?;
+    let mut look = |_: usize, name: &str, shape: &[usize]| {
+        let elements = shape.iter().product::<usize>();
+        if is_matrix(name, shape) {
+            let [.., n, k] = *shape else { unreachable!("a matrix has two dimensions") };
+            let format = reader.format(name)?;
+            tell(format.name(), elements, reader.bytes_of(name, format, [n, k])? * (elements / (n * k).max(1)));
+        } else {
+            tell(Format::F32.name(), elements, reader.file.tensor(name)?.bytes.len());
+        }
+        Ok(Param::shaped(name, shape))
+    };
+    Model::build(config, &mut look).map(|_| ())
 }
 
 /// An open packed model.

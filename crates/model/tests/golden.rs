@@ -47,6 +47,7 @@ fn goldens() -> Vec<Golden> {
         "minimax_m2",
         "ernie4_5_moe",
         "hunyuan_v1_moe",
+        "grok",
     ];
     let mixers = ["qwen3_next", "qwen3_5_moe", "lfm2_moe", "jamba", "jetmoe"];
     with_routing.into_iter().chain(others).chain(mixers).map(open).collect()

@@ -154,7 +154,7 @@ impl Router for TopKRouter {
         if g.is_training() && settings.has_no_gradient() {
             return Err(MoeError::NoRouterGradient);
         }
-        let mut logits = ops::linear_f32(g, x, &self.weight)?;
+        let mut logits = ops::router_logits(g, x, &self.weight)?;
         if let Some(bias) = &self.logit_bias {
             logits = ops::add_bias(g, &logits, bias)?;
         }

@@ -104,10 +104,17 @@ struct Entry<'p> {
 /// Records operations while they run, or runs them without a trace.
 pub struct Graph<'p> {
     id: u64,
-    precision: Precision,
+    settings: GraphSettings,
     training: bool,
-    seed: u64,
     tape: Option<RefCell<Vec<Entry<'p>>>>,
+}
+
+/// What decides the bits of what runs on a graph.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GraphSettings {
+    precision: Precision,
+    router_precision: Precision,
+    seed: u64,
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
@@ -115,7 +122,8 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 impl<'p> Graph<'p> {
     fn new(precision: Precision, training: bool, recording: bool) -> Self {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Self { id, precision, training, seed: 0, tape: recording.then(RefCell::default) }
+        let settings = GraphSettings { precision, router_precision: Precision::F32, seed: 0 };
+        Self { id, settings, training, tape: recording.then(RefCell::default) }
     }
 
     /// Runs operations and records nothing.
@@ -128,25 +136,49 @@ impl<'p> Graph<'p> {
         Self::new(precision, true, true)
     }
 
-    /// Runs operations that will run again on a recording graph.
-    pub(crate) fn rehearsal(precision: Precision) -> Self {
-        Self::new(precision, true, false)
+    /// Runs what will run again on a recording graph.
+    pub(crate) fn rehearsal(settings: GraphSettings) -> Self {
+        Self { settings, ..Self::new(settings.precision, true, false) }
+    }
+
+    /// Records what ran on a [`Graph::rehearsal`].
+    pub(crate) fn rerun(settings: GraphSettings) -> Self {
+        Self { settings, ..Self::training(settings.precision) }
+    }
+
+    /// What a graph that computes a part of this one again must have in common with it.
+    pub(crate) fn settings(&self) -> GraphSettings {
+        self.settings
+    }
+
+    /// The same, its routers' products and logits rounded to `precision`: to compare with f32, which is how routers work
+    /// without this.
+    #[must_use]
+    pub fn with_routers_in(self, precision: Precision) -> Self {
+        let settings = GraphSettings { router_precision: precision, ..self.settings };
+        Self { settings, ..self }
     }
 
     /// The same, with a seed for what is drawn by lot while it runs.
     #[must_use]
     pub fn seeded(self, seed: u64) -> Self {
-        Self { seed, ..self }
+        let settings = GraphSettings { seed, ..self.settings };
+        Self { settings, ..self }
     }
 
     /// Decides every random number of what runs here; what is computed again draws the same.
     pub fn seed(&self) -> u64 {
-        self.seed
+        self.settings.seed
     }
 
     /// The precision of matrix operands (accumulators are f32 always).
     pub fn precision(&self) -> Precision {
-        self.precision
+        self.settings.precision
+    }
+
+    /// The precision of routers' products and logits: f32 but for comparisons.
+    pub fn router_precision(&self) -> Precision {
+        self.settings.router_precision
     }
 
     /// Whether operations are recorded.

@@ -21,6 +21,8 @@ pub struct Evaluation {
     pub batches: usize,
     /// What the operands of matrix products are rounded to.
     pub precision: Precision,
+    /// What routers' operands and logits are rounded to.
+    pub router_precision: Precision,
 }
 
 /// Runs `model` over fixed windows of held-back tokens, spread evenly over them; adds up what the routers did in `load`.
@@ -43,7 +45,7 @@ pub fn evaluate(
     let (mut total, mut count, mut bytes) = (0.0, 0_usize, 0_u64);
     for numbers in chosen.chunks(what.sequences) {
         let batch = corpus.windows(tokens, what.sequence_length, numbers);
-        let loss = learn::measure(model, &batch, what.precision, load)?;
+        let loss = learn::measure(model, &batch, what, load)?;
         total += loss * batch.targets.len() as f64;
         count += batch.targets.len();
         bytes += batch.targets.iter().map(|&id| u64::from(token_bytes[id as usize])).sum::<u64>();

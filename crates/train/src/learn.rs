@@ -1,6 +1,5 @@
 //! What training asks of the model: a configuration, a loss, gradients.
 
-use moebius_kernels::gemm::Precision;
 use moebius_kernels::parallel::with_team;
 use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig, UniformDecoder};
 use moebius_moe::{LoadStatistics, Routing};
@@ -8,6 +7,7 @@ use moebius_tensor::{Gradients, Graph};
 
 use crate::data::corpus::Windows;
 use crate::data::tokenizer::END_OF_TEXT_ID;
+use crate::evaluate::Evaluation;
 use crate::metrics::LayerLoad;
 use crate::recipe::{DepthsSection, RouterSection};
 use crate::{Recipe, Result};
@@ -143,8 +143,8 @@ fn batch_of(windows: &Windows) -> Batch {
 ///
 /// # Errors
 /// The model's.
-pub fn measure(model: &Model, windows: &Windows, precision: Precision, load: &mut LoadCounts) -> Result<f64> {
-    let graph = Graph::inference(precision);
+pub fn measure(model: &Model, windows: &Windows, what: &Evaluation, load: &mut LoadCounts) -> Result<f64> {
+    let graph = Graph::inference(what.precision).with_routers_in(what.router_precision);
     let loss = model.loss(&graph, &batch_of(windows), &windows.targets, &LossSettings::default())?;
     load.add(&loss.routing);
     Ok(f64::from(loss.cross_entropy))
@@ -167,7 +167,8 @@ pub fn gradients(
         z_coefficient: recipe.balance.z as f32,
         recompute: recipe.train.checkpoint_activations,
     };
-    let graph = Graph::training(recipe.train.precision.into()).seeded(seed);
+    let train = &recipe.train;
+    let graph = Graph::training(train.precision.into()).with_routers_in(train.router_precision.into()).seeded(seed);
     let batch = batch_of(windows);
     let loss = with_team(|| -> Result<_> {
         let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;

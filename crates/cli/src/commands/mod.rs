@@ -6,6 +6,7 @@ pub mod check;
 pub mod compare;
 pub mod eval;
 pub mod export;
+pub mod info;
 pub mod load;
 pub mod logits;
 pub mod pack;

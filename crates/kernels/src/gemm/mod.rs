@@ -46,6 +46,13 @@ impl Precision {
         }
     }
 
+    /// Rounds numbers as a product of this precision rounds its operands; denormals stay.
+    pub fn round(self, values: &mut [f32]) {
+        if self == Self::Bf16 {
+            values.iter_mut().for_each(|value| *value = f32::from_bits(portable::round(*value) & 0xffff_0000));
+        }
+    }
+
     fn k_blocks(self, k: usize) -> usize {
         k.div_ceil(self.block_k())
     }

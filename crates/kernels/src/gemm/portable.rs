@@ -121,7 +121,7 @@ fn pair(low: f32, high: f32) -> u32 {
 
 /// The bits of the nearest bf16, ties to even, in the high half (the low half is rubbish). A NaN stays one.
 #[inline(always)]
-fn round(value: f32) -> u32 {
+pub(super) fn round(value: f32) -> u32 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
     if value.is_nan() { bits | 0x0040_0000 } else { rounded }

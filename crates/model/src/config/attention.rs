@@ -29,6 +29,11 @@ impl Mixer {
             }
         }
     }
+
+    /// What a token sees.
+    pub fn reach(&self) -> Reach {
+        self.attention().map_or(Reach::All, |attention| attention.reach)
+    }
 }
 
 /// Softmax attention with grouped query heads (Ainslie et al. 2023).

@@ -12,6 +12,7 @@ mod glm4_moe_lite;
 mod gpt_oss;
 mod granitemoe;
 mod granitemoeshared;
+mod grok;
 mod hunyuan_v1_moe;
 mod hybrid;
 mod jamba;
@@ -73,6 +74,7 @@ pub fn all() -> &'static [Family] {
         gpt_oss::FAMILY,
         granitemoe::FAMILY,
         granitemoeshared::FAMILY,
+        grok::FAMILY,
         hunyuan_v1_moe::FAMILY,
         jamba::FAMILY,
         jetmoe::FAMILY,

@@ -17,7 +17,7 @@ pub(super) struct Defaults {
     pub(super) n_kv_heads: Option<usize>,
     /// What the other sizes make it if none. That is also what null means.
     pub(super) head_dim: Option<usize>,
-    /// Keys of [`FOREIGN`] and `layer_types` that the family reads itself.
+    /// Keys of [`FOREIGN`], `hidden_act` and `layer_types` that the family reads itself.
     pub(super) understood: &'static [&'static str],
 }
 
@@ -301,8 +301,7 @@ pub(super) fn number(number: f32) -> f64 {
 }
 
 fn refuse_other_arithmetic(keys: &Keys, window: Option<usize>, defaults: &Defaults) -> Result<(), ModelError> {
-    keys.only("hidden_act", json!("silu"))?;
-    for (key, neutral) in FOREIGN {
+    for (key, neutral) in [("hidden_act", json!("silu"))].into_iter().chain(FOREIGN) {
         if !defaults.understood.contains(&key) {
             keys.only(key, neutral)?;
         }

@@ -22,7 +22,7 @@ pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, Moe
 
 impl RoutingMethod for Base {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, _: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [tokens, experts] = logits.dims()?;
         let chosen = if g.is_training() {
             let (low, high) =

@@ -78,7 +78,7 @@ impl DeepseekV2 {
 
 impl RoutingMethod for DeepseekV2 {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, _: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [_, experts] = logits.dims()?;
         let probabilities = softmax(g, &logits)?;
         let choices: Vec<_> = probabilities.data().chunks_exact(experts).map(|row| self.choose(row)).collect();

@@ -114,7 +114,7 @@ impl MixtureOfDepths {
         seed: u64,
         block: impl FnOnce(&Graph<'p>, &Var, &[usize]) -> Result<Var, E>,
     ) -> Result<(Var, DepthDecision), E> {
-        let scores = ops::linear_f32(g, x, &self.weight).map_err(MoeError::from)?;
+        let scores = ops::router_logits(g, x, &self.weight).map_err(MoeError::from)?;
         let mut ranks = scores.data().to_vec();
         if matches!(self.sampler, CausalSampler::Random) {
             Rng::new(seed).fill_uniform(&mut ranks, 0.0, 1.0);
@@ -146,7 +146,7 @@ impl MixtureOfDepths {
         positions: &[u32],
         block: impl FnOnce(&Graph<'p>, &Var, &[usize]) -> Result<Var, E>,
     ) -> Result<(Var, DepthDecision), E> {
-        let scores = ops::linear_f32(g, x, &self.weight).map_err(MoeError::from)?;
+        let scores = ops::router_logits(g, x, &self.weight).map_err(MoeError::from)?;
         let logits = self.sample(g, x, &scores)?;
         let drawn = |position: u32| f64::from(Rng::new(u64::from(position)).uniform()) < self.share;
         let takes = |t: usize| match self.sampler {

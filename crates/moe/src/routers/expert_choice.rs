@@ -75,7 +75,7 @@ impl ExpertChoice {
 
 impl RoutingMethod for ExpertChoice {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, _: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [tokens, experts] = logits.dims()?;
         let probabilities = softmax(g, &logits)?;
         // Decoding brings fewer tokens than an expert's share: then it takes one.

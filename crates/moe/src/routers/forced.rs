@@ -42,7 +42,7 @@ fn less_quantile(scores: &[f32], experts: usize, take: usize) -> Vec<f32> {
 
 impl RoutingMethod for Forced {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, _: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [tokens, experts] = logits.dims()?;
         let probabilities = softmax(g, &logits)?;
         let k = self.top_k;

@@ -66,7 +66,7 @@ fn shares<'p>(g: &Graph<'p>, probabilities: &Var, pairs: &[[usize; 2]]) -> Var {
 
 impl RoutingMethod for GShard {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, context: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [tokens, experts] = logits.dims()?;
         let probabilities = softmax(g, &logits)?;
         let both = top_k_rows(probabilities.data(), experts, 2);

@@ -25,8 +25,8 @@ pub(super) struct NoisyScores {
 
 impl NoisyGate {
     pub(super) fn score<'p>(&'p self, g: &Graph<'p>, x: &Var, seed: u64) -> Result<NoisyScores, MoeError> {
-        let clean = ops::linear_f32(g, x, &self.gate)?;
-        let deviation = map(g, &softplus(g, &ops::linear_f32(g, x, &self.noise)?), |s| s + 0.01, |_| 1.0);
+        let clean = ops::router_logits(g, x, &self.gate)?;
+        let deviation = map(g, &softplus(g, &ops::router_logits(g, x, &self.noise)?), |s| s + 0.01, |_| 1.0);
         let mut noise = vec![0.0; clean.data().len()];
         if g.is_training() {
             Rng::new(seed).fill_normal(&mut noise, 1.0);

@@ -54,7 +54,7 @@ fn rescaled(scores: &[f32], experts: usize, temperature: f64, rounds: usize) -> 
 
 impl RoutingMethod for Sinkhorn {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, _: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [_, experts] = logits.dims()?;
         let choices = if g.is_training() {
             top_k_rows(&rescaled(logits.data(), experts, self.temperature, self.rounds), experts, self.top_k)

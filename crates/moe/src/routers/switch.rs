@@ -40,7 +40,7 @@ impl RoutingMethod for Switch {
         } else {
             x
         };
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [tokens, experts] = logits.dims()?;
         let probabilities = softmax(g, &logits)?;
         let choices = top_k_rows(probabilities.data(), experts, 1);

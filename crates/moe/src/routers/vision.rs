@@ -73,7 +73,7 @@ impl Vision {
 
 impl RoutingMethod for Vision {
     fn decide<'p>(&'p self, g: &Graph<'p>, x: &Var, context: &Context<'_>) -> Result<Decision, MoeError> {
-        let logits = ops::linear_f32(g, x, &self.weight)?;
+        let logits = ops::router_logits(g, x, &self.weight)?;
         let [tokens, experts] = logits.dims()?;
         let clean = softmax(g, &logits)?;
         let mut noise = vec![0.0; tokens * experts];

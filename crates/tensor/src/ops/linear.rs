@@ -13,9 +13,23 @@ pub fn linear<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param) -> Result<Var, Tens
     linear_in(g, g.precision(), x, weight)
 }
 
-/// As [`linear`], with f32 operands whatever the graph's precision: for routers.
+/// As [`linear`], with f32 operands whatever the graph's precision.
 pub fn linear_f32<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param) -> Result<Var, TensorError> {
     linear_in(g, Precision::F32, x, weight)
+}
+
+/// A router's scores: as [`linear_f32`], unless the graph has its routers in bf16; then operands and scores are rounded,
+/// and the gradient passes the rounding as if it were not there.
+pub fn router_logits<'p>(g: &Graph<'p>, x: &Var, weight: &'p Param) -> Result<Var, TensorError> {
+    let precision = g.router_precision();
+    let logits = linear_in(g, precision, x, weight)?;
+    if precision == Precision::F32 {
+        return Ok(logits);
+    }
+    let mut rounded = Buffer::from_slice(logits.data());
+    precision.round(&mut rounded);
+    let place = logits.place();
+    Ok(g.record_from(&[&logits], Tensor::new(logits.shape(), rounded), move |dy, back| back.give(place, dy)))
 }
 
 fn linear_in<'p>(g: &Graph<'p>, precision: Precision, x: &Var, weight: &'p Param) -> Result<Var, TensorError> {
@@ -41,6 +55,7 @@ fn linear_in<'p>(g: &Graph<'p>, precision: Precision, x: &Var, weight: &'p Param
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Gradients;
     use crate::ops::testing::{check_gradients_with_params, random};
 
     #[test]
@@ -50,6 +65,23 @@ mod tests {
                 linear(g, &x[0], &w[0]).unwrap()
             });
         }
+    }
+
+    /// Of two scores nearer than a bf16 can tell, f32 keeps the difference. Gradients are those of
+    /// rounded operands.
+    #[test]
+    fn routers_are_f32_unless_a_comparison_wants_them_rounded() {
+        let weight = Param::new(0, "router", Tensor::new(&[2, 2], vec![1.0, 0.0, 1.0, 0.001]));
+        let x = Var::constant(Tensor::new(&[1, 2], vec![1.0, 0.501]));
+        let f32 = Graph::inference(Precision::Bf16);
+        assert_eq!(router_logits(&f32, &x, &weight).unwrap().data(), [1.0, 0.501_f32.mul_add(0.001, 1.0)]);
+        let rounding = Graph::inference(Precision::F32).with_routers_in(Precision::Bf16);
+        assert_eq!(router_logits(&rounding, &x, &weight).unwrap().data(), [1.0, 1.0]);
+        // What comes back is as if the score itself were used: d (l₀ + 2 l₁) / d w = (x, 2 x).
+        let (g, mut gradients) = (Graph::training(Precision::F32).with_routers_in(Precision::Bf16), Gradients::new());
+        let logits = router_logits(&g, &x, &weight).unwrap();
+        g.backward_from(&[(&logits, &[1.0, 2.0])], &mut gradients);
+        assert_eq!(gradients.get(0).unwrap(), [1.0, 0.5, 2.0, 1.0]);
     }
 
     #[test]

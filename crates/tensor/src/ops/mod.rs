@@ -25,7 +25,7 @@ pub use cross_entropy::{cross_entropy, linear_cross_entropy, linear_cross_entrop
 pub use embedding::embedding;
 pub use gate::{scale_rows, sigmoid};
 pub use heads::{join_heads, linear_by_head};
-pub use linear::{linear, linear_f32};
+pub use linear::{linear, linear_f32, router_logits};
 pub use norm::{l2_norm, layer_norm, rms_norm, rms_norm_plus, unit_rms_norm};
 pub use pointwise::{Function, apply, minus_exp, multiply, multiply_rows};
 pub use recurrent::{

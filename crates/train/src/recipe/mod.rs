@@ -151,6 +151,9 @@ pub struct TrainSection {
     /// What the operands of matrix products are rounded to; accumulators, weights and optimiser state are f32 always.
     #[serde(default)]
     pub precision: RecipePrecision,
+    /// The same for routers and their logits: f32 but to see what bf16 does.
+    #[serde(default = "f32", skip_serializing_if = "is_f32")]
+    pub router_precision: RecipePrecision,
     /// Whether each layer is computed again in the backward pass instead of keeping its activations.
     #[serde(default)]
     pub checkpoint_activations: bool,
@@ -270,6 +273,12 @@ fn norm_epsilon() -> f64 {
 }
 fn seed() -> u64 {
     1
+}
+fn f32() -> RecipePrecision {
+    RecipePrecision::F32
+}
+fn is_f32(precision: &RecipePrecision) -> bool {
+    *precision == RecipePrecision::F32
 }
 fn sixteen() -> usize {
     16

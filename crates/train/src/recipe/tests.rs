@@ -86,6 +86,11 @@ fn bad_recipes_name_line_and_key() {
             "16: data.train: wanted a path or a table with a path, found integer `7`",
         ),
         ("seed = 1", "seed = 1\nprecision = 'f16'", "20: train.precision: wanted `f32` or `bf16`, found `f16`"),
+        (
+            "seed = 1",
+            "seed = 1\nrouter_precision = 'f16'",
+            "20: train.router_precision: wanted `f32` or `bf16`, found `f16`",
+        ),
         ("[balance]\nload_balancing = 0.01", "balance = 3", "optimizer.balance: unknown key"),
         // Ranges.
         ("hidden = 32", "hidden = 0", "2: model.hidden: wanted 2 to 65536, found 0"),

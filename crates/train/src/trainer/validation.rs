@@ -51,6 +51,7 @@ impl Trainer {
             sequences: train.sequences,
             batches: train.validate_batches,
             precision: train.precision.into(),
+            router_precision: train.router_precision.into(),
         };
         let tokens = name.map_or(&self.corpus.valid, |name| &self.corpus.eval[name]);
         evaluate(&self.learner.model, &self.corpus, tokens, &what, load)

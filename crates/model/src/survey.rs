@@ -1,0 +1,150 @@
+//! [`Survey`]: what a model is, read from its configuration and the headers of its files alone.
+//!
+//! Shards are looked at one after the other and kept nowhere, so that the largest checkpoint costs a few megabytes.
+
+use crate::checkpoint::{CONFIG, INDEX, WEIGHTS, visit_index};
+use crate::gguf::{GgufFile, GgufModel};
+use crate::safetensors::SafetensorsFile;
+use crate::{ModelConfig, ModelError, families, packed};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// What a model is, and what its files hold.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// What it is made of.
+    pub config: ModelConfig,
+    /// Where that was read.
+    pub source: SurveySource,
+    /// The weights; none for a bare configuration.
+    pub stored: Option<StoredWeights>,
+}
+
+/// Where a model is described.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SurveySource {
+    /// A folder in Hugging Face's layout.
+    Folder,
+    /// A packed model.
+    Packed,
+    /// A GGUF file.
+    Gguf,
+    /// A `config.json` with no weights beside it that were looked for.
+    Config,
+}
+
+/// The weights of some files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoredWeights {
+    /// Files that hold them.
+    pub files: usize,
+    /// By the name of their type or block format.
+    pub types: BTreeMap<String, StoredType>,
+}
+
+/// Weights of one type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoredType {
+    /// Tensors there are; of a packed model, its weights.
+    pub tensors: u64,
+    /// Their elements: of types that are bytes of something else, those bytes.
+    pub elements: u64,
+    /// Bytes they take.
+    pub bytes: u64,
+}
+
+impl StoredWeights {
+    /// Bytes of all types.
+    pub fn bytes(&self) -> u64 {
+        self.types.values().map(|of| of.bytes).sum()
+    }
+
+    fn add(&mut self, name: &str, elements: usize, bytes: usize) {
+        // Few names, many tensors: none is copied twice.
+        if !self.types.contains_key(name) {
+            self.types.insert(name.to_string(), StoredType::default());
+        }
+        let of = self.types.get_mut(name).expect("put in above");
+        (of.tensors, of.elements, of.bytes) = (of.tensors + 1, of.elements + elements as u64, of.bytes + bytes as u64);
+    }
+
+    fn add_file(&mut self, file: &SafetensorsFile<'_>) {
+        self.files += 1;
+        for tensor in file.tensors() {
+            self.add(&tensor.dtype.to_string(), tensor.shape.iter().product(), tensor.bytes.len());
+        }
+    }
+}
+
+impl Survey {
+    /// Looks at a folder in Hugging Face's layout, a packed model, a GGUF file, or a configuration (a file whose name ends
+    /// in `.json`, or a folder with nothing but `config.json`). Of the weights only headers are read.
+    ///
+    /// # Errors
+    /// What is missing, foreign or broken, by file.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        if path.is_dir() {
+            return Self::of_folder(path);
+        }
+        if path.extension().is_some_and(|extension| extension == "json") {
+            return Ok(Self { config: read_config(path)?, source: SurveySource::Config, stored: None });
+        }
+        if !path.is_file() {
+            return Err(ModelError::file(path.display().to_string(), "no such folder or file"));
+        }
+        let file = GgufFile::open(path)?;
+        let mut stored = StoredWeights { files: 1, ..StoredWeights::default() };
+        for tensor in file.tensors() {
+            stored.add(tensor.format.name(), tensor.shape.iter().product(), tensor.bytes.len());
+        }
+        Ok(Self { config: GgufModel::new(file)?.0, source: SurveySource::Gguf, stored: Some(stored) })
+    }
+
+    /// Looks at a model in memory.
+    ///
+    /// # Errors
+    /// As [`Survey::open`].
+    pub fn from_bytes(config: &[u8], weights: &[u8]) -> Result<Self, ModelError> {
+        let mut stored = StoredWeights::default();
+        stored.add_file(&SafetensorsFile::from_bytes(WEIGHTS, weights)?);
+        let config = families::read_config(config, CONFIG)?;
+        Ok(Self { config, source: SurveySource::Folder, stored: Some(stored) })
+    }
+
+    fn of_folder(folder: &Path) -> Result<Self, ModelError> {
+        let config = read_config(&folder.join(CONFIG))?;
+        let (weights, index) = (folder.join(WEIGHTS), folder.join(INDEX));
+        let mut stored = StoredWeights::default();
+        let source = if weights.exists() {
+            stored.add_file(&SafetensorsFile::open(&weights)?);
+            SurveySource::Folder
+        } else if index.exists() {
+            for shard in shards(&index)? {
+                stored.add_file(&SafetensorsFile::open(&folder.join(shard))?);
+            }
+            SurveySource::Folder
+        } else if packed::is_packed(folder) {
+            stored.files = 1;
+            packed::survey(folder, &config, &mut |format, elements, bytes| stored.add(format, elements, bytes))?;
+            SurveySource::Packed
+        } else {
+            return Ok(Self { config, source: SurveySource::Config, stored: None });
+        };
+        Ok(Self { config, source, stored: Some(stored) })
+    }
+}
+
+fn read_config(path: &Path) -> Result<ModelConfig, ModelError> {
+    families::read_config(&std::fs::read(path).map_err(ModelError::io(path))?, &path.display().to_string())
+}
+
+/// The shards that an index names.
+fn shards(index: &Path) -> Result<BTreeSet<String>, ModelError> {
+    let mut all = BTreeSet::new();
+    visit_index(index, &mut |_, shard| {
+        if !all.contains(shard) {
+            all.insert(shard.to_string());
+        }
+    })?;
+    Ok(all)
+}
