@@ -165,6 +165,7 @@ fn architectures() -> Vec<(&'static str, &'static str, Value)> {
             "layer_types": ["chunked_attention", "chunked_attention"], "interleave_moe_layer_step": 2}),
         ),
         ("gpt-oss", "gpt_oss", json!({"rope_parameters": {"truncate": false}})),
+        ("grok", "grok", json!({})),
     ]
 }
 
@@ -321,18 +322,19 @@ fn every_architecture_brings_its_models_back() {
 fn what_an_architecture_cannot_say_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
+    let ends = json!({"truncate": true, "rope_theta": 100.0, "original_max_position_embeddings": 64});
     for (family, patch, wanted) in [
         ("qwen2_moe", json!({}), "which the architecture qwen2moe means"),
         ("dbrx", json!({}), "`ffn_config`: wanted"),
         (
             "llama4_text",
-            json!({}),
-            "`sliding_window`: wanted [All, All], which the architecture llama4 means; found [Chunk(4), All]",
+            json!({"no_rope_layers": [1, 1], "layer_types": ["chunked_attention", "chunked_attention"]}),
+            "`sliding_window`: wanted [All, All], which the architecture llama4 means; found [Chunk(4), Chunk(4)]",
         ),
         ("llama4_text", json!({"attention_chunk_size": 8192}), "`rope_parameters`: wanted Some"),
         ("dots1", json!({}), "`sliding_window`: wanted [All, All]"),
         ("phimoe", json!({}), "`router_jitter_noise`: wanted 0.01, which the architecture phimoe means; found 0.2"),
-        ("gpt_oss", json!({"rope_parameters": {"truncate": true}}), "`rope_parameters`: wanted Some"),
+        ("gpt_oss", json!({"rope_parameters": ends}), "`rope_parameters`: wanted Some"),
         ("deepseek_v3", json!({}), "`rope_parameters`: wanted Some"),
         ("jamba", json!({}), "no GGUF architecture is known for family `jamba`"),
     ] {

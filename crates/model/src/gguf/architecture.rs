@@ -31,6 +31,8 @@ pub(super) struct Architecture {
     pub(super) norms: [&'static str; 4],
     /// Whether queries, keys and values are one tensor.
     pub(super) joined: bool,
+    /// Whether logits are multiplied with `logit_scale`; others that have it divide by it.
+    pub(super) multiplies_logits: bool,
     /// What no table says.
     pub(super) adjust: fn(&mut Reading) -> Result<(), ModelError>,
 }
@@ -53,6 +55,7 @@ const PLAIN: Architecture = Architecture {
     yarn: "{}",
     norms: NORMS,
     joined: false,
+    multiplies_logits: false,
     adjust: |_| Ok(()),
 };
 
@@ -77,7 +80,7 @@ const DEEPSEEK: [Key; 11] = [
 ];
 
 /// All architectures.
-pub(super) static ARCHITECTURES: [Architecture; 17] = [
+pub(super) static ARCHITECTURES: [Architecture; 18] = [
     Architecture {
         name: "llama",
         dense: &["llama", "mistral"],
@@ -256,6 +259,26 @@ pub(super) static ARCHITECTURES: [Architecture; 17] = [
         norms: NORMS_POST,
         ..PLAIN
     },
+    Architecture {
+        name: "grok",
+        sparse: &["grok-1"],
+        keys: &[
+            ("expert_count", "num_experts", Whole),
+            USED,
+            WIDTH,
+            ("embedding_scale", "embedding_multiplier_scale", OptionalNumber),
+            ("logit_scale", "output_multiplier_scale", OptionalNumber),
+            ("attention.output_scale", "attn_output_multiplier", OptionalNumber),
+            ("attn_logit_softcapping", "max_attn_value", OptionalNumber),
+            // llama.cpp computes nothing with it.
+            ("router_logit_softcapping", "", OptionalNumber),
+        ],
+        says: r#"{"hidden_act": "gelu"}"#,
+        norms: ["attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"],
+        multiplies_logits: true,
+        adjust: adjust_grok,
+        ..PLAIN
+    },
 ];
 
 impl Architecture {
@@ -336,6 +359,15 @@ fn check_dbrx(reading: &mut Reading) -> Result<(), ModelError> {
         1e-5 => Ok(()),
         found => Err(reading.metadata.error(&key, format!("wanted 0.00001, found {found}"))),
     }
+}
+
+/// Old files leave xAI's factors to llama.cpp, which has them to seven digits.
+fn adjust_grok(reading: &mut Reading) -> Result<(), ModelError> {
+    reading.default("embedding_multiplier_scale", json!(78.383_67));
+    reading.default("output_multiplier_scale", json!(0.577_350_3));
+    reading.default("attn_output_multiplier", json!(0.088_388_35));
+    reading.default("max_attn_value", json!(30.0));
+    Ok(())
 }
 
 /// Maverick, which llama.cpp knows by its 128 experts, has no norm of queries and keys.

@@ -116,7 +116,7 @@ impl Reading<'_> {
         let says = serde_json::from_str(self.architecture.says);
         self.map = says.expect("what an architecture says is a JSON object");
         self.map.insert("model_type".into(), json!(family));
-        self.map.insert("hidden_act".into(), json!("silu"));
+        self.default("hidden_act", json!("silu"));
         for (flag, tensor) in self.architecture.flags {
             self.map.insert((*flag).into(), json!(self.file.get(tensor).is_some()));
         }

@@ -33,12 +33,13 @@ pub(super) fn config_metadata(architecture: &Architecture, config: &ModelConfig)
         let is_key = suffix != WINDOW && KEYS.iter().any(|(known, ..)| *known == suffix);
         is_key || COMMON.contains(&suffix) || suffix.starts_with("rope.")
     };
-    let said = facts(config).into_iter().filter(|(suffix, _)| is_common(suffix) || architecture.knows(suffix));
+    let said =
+        facts(architecture, config).into_iter().filter(|(suffix, _)| is_common(suffix) || architecture.knows(suffix));
     said.map(|(suffix, value)| (format!("{}.{suffix}", architecture.name), value)).collect()
 }
 
 /// All that files say of a configuration, behind the architecture's name.
-fn facts(config: &ModelConfig) -> Vec<(&'static str, ValueToWrite)> {
+fn facts(architecture: &Architecture, config: &ModelConfig) -> Vec<(&'static str, ValueToWrite)> {
     let whole = |number: usize| ValueToWrite::U32(number as u32);
     let number = |number: f64| ValueToWrite::F32(number as f32);
     let mut all = vec![
@@ -53,11 +54,10 @@ fn facts(config: &ModelConfig) -> Vec<(&'static str, ValueToWrite)> {
         all.push(("attention.layer_norm_epsilon", number(config.norm.eps())));
     }
     let scales = config.scales;
-    for (suffix, scale) in [
-        ("embedding_scale", scales.embedding),
-        ("residual_scale", scales.residual),
-        ("logit_scale", 1.0 / scales.logits),
-    ] {
+    let logits = if architecture.multiplies_logits { scales.logits } else { 1.0 / scales.logits };
+    for (suffix, scale) in
+        [("embedding_scale", scales.embedding), ("residual_scale", scales.residual), ("logit_scale", logits)]
+    {
         all.push((suffix, number(scale)));
     }
     all.extend(mixer_facts(config));
@@ -86,6 +86,8 @@ fn mixer_facts(config: &ModelConfig) -> Vec<(&'static str, ValueToWrite)> {
         all.push(("attention.key_length", whole(attention.head_dim)));
         all.push(("attention.value_length", whole(attention.head_dim)));
         all.push(("attention.scale", number(attention.scale)));
+        all.push(("attention.output_scale", number(attention.scale)));
+        all.extend(attention.soft_cap.map(|cap| ("attn_logit_softcapping", number(cap))));
         all.extend(attention.clip.map(|clip| ("attention.clamp_kqv", number(clip))));
         let window = config.layers.iter().find_map(|layer| layer.mixer.attention()?.reach.window());
         all.extend(window.map(|window| (WINDOW, whole(window))));
