@@ -28,6 +28,7 @@ mod mixtral;
 mod moebius;
 mod olmoe;
 mod phimoe;
+mod published;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
@@ -41,6 +42,7 @@ mod tensors;
 
 use crate::{ModelConfig, ModelError};
 pub(crate) use keys::Keys;
+pub use published::published;
 use serde_json::{Map, Value};
 pub(crate) use tensor_map::group_by_file;
 pub use tensor_map::{TensorMap, View};

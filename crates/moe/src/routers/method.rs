@@ -2,7 +2,7 @@
 
 use super::options::MakeParam;
 use super::{Options, RoutingMethod, Setup, build};
-use crate::MoeError;
+use crate::{MoeError, RouterSettings};
 use moebius_tensor::{Param, Tensor};
 
 /// A routing method and its options.
@@ -52,14 +52,28 @@ impl MethodConfig {
     /// # Errors
     /// As [`MethodConfig::build`].
     pub fn weights(&self, layer: &MethodLayer) -> Result<Vec<MethodWeight>, MoeError> {
+        self.sketch(layer).map(|(weights, _)| weights)
+    }
+
+    /// How the method scores, chooses and weighs, if a published family's router could do the same.
+    ///
+    /// # Errors
+    /// As [`MethodConfig::build`].
+    pub fn settings(&self, layer: &MethodLayer) -> Result<Option<RouterSettings>, MoeError> {
+        self.sketch(layer).map(|(_, settings)| settings)
+    }
+
+    /// The method built with weights of width 1: what they would be, and its settings.
+    fn sketch(&self, layer: &MethodLayer) -> Result<(Vec<MethodWeight>, Option<RouterSettings>), MoeError> {
         let mut all = Vec::new();
         let narrow = MethodLayer { hidden: ANY_WIDTH, ..*layer };
-        self.build(&narrow, &mut |name, shape| {
+        let method = self.build(&narrow, &mut |name, shape| {
             let with = |width: usize| shape.iter().map(|&n| if n == ANY_WIDTH { width } else { n }).collect::<Vec<_>>();
             all.push((name.to_owned(), with(layer.hidden)));
             Ok(Param::new(0, name, Tensor::zeros(&with(1))))
         })?;
-        Ok(all)
+        let settings = method.settings().copied();
+        Ok((all, settings))
     }
 }
 
