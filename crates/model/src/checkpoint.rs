@@ -140,7 +140,7 @@ impl<'a> Checkpoint<'a> {
     /// What is stored of a tensor of [`Checkpoint::checked_maps`].
     pub(crate) fn stored(&self, map: &TensorMap) -> Result<Stored<'_>, ModelError> {
         if let Some(gguf) = &self.gguf {
-            return gguf.stored(map, &self.config);
+            return gguf.stored(map);
         }
         if let Some(blocks) = self.microscaled(map) {
             return blocks;
@@ -152,8 +152,8 @@ impl<'a> Checkpoint<'a> {
 
     /// The format that a tensor of [`Checkpoint::checked_maps`] is stored in.
     pub(crate) fn stored_format(&self, map: &TensorMap) -> Result<Format, ModelError> {
-        if self.gguf.is_some() {
-            return self.stored(map).map(|stored| stored.format);
+        if let Some(gguf) = &self.gguf {
+            return gguf.stored_format(map);
         }
         match self.microscaled_parts(map) {
             Some(_) => Ok(Format::MXFP4),

@@ -46,6 +46,7 @@ pub use published::published;
 use serde_json::{Map, Value};
 pub(crate) use tensor_map::group_by_file;
 pub use tensor_map::{TensorMap, View};
+pub(crate) use tensors::{matrix, norm, part, vector};
 
 /// One published family.
 #[derive(Clone, Copy)]
