@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """The experiments of docs/experiments.md on routers and mixtures: trains each variant with each seed, prints one table.
 
-    python bench/experiments.py NAME [--seeds N] [--steps N] [--out DIR] [--binary target/release/moebius] [--times]
+    python bench/experiments.py NAME [--seeds N] [--steps N] [--out DIR] [--binary target/release/moebius]
+        [--times] [--plot FILE.svg]
 
-NAME: vision, balance, hash, depths, leak. Needs nothing but Python and the binary; leak also the example `future_leak`
+NAME: vision, balance, hash, depths, leak, methods. Needs nothing but Python and the binary; leak also the example `future_leak`
 beside it. Runs that are done already in --out are read, not repeated.
+
+--plot draws what the table says: a row a variant, a dot a seed.
 
 Other programs on the machine change times, not losses. So times are apart: --times trains each variant for a few steps
 with one seed, into another folder, and prints the milliseconds of a step; run it on a quiet machine.
@@ -40,6 +43,36 @@ def train(binary, recipe, out):
 def milliseconds(steps):
     """The median step, the first few left out: they warm up."""
     return 1e3 * statistics.median(step["seconds"] for step in steps[5:] or steps)
+
+
+def plot(path, title, rows):
+    """Rows (name, values) as an SVG of dots over one axis."""
+    everything = [value for _, values in rows for value in values]
+    low, high = min(everything), max(everything)
+    margin = 0.05 * (high - low) or 1
+    low, high = low - margin, high + margin
+    left, right, top, line = 330, 700, 40, 24
+    bottom = top + line * len(rows)
+
+    def place(value):
+        return left + (right - left) * (value - low) / (high - low)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right + 20}" height="{bottom + 30}" font-family="sans-serif"'
+        ' font-size="12" fill="#777">',
+        f'<text x="{left}" y="20" fill="#777">{title}</text>',
+    ]
+    for number, (name, values) in enumerate(rows):
+        y = top + line * number + line / 2
+        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{name}</text>')
+        parts.append(f'<line x1="{left}" y1="{y}" x2="{right}" y2="{y}" stroke="#bbb" stroke-width="0.5"/>')
+        parts += [f'<circle cx="{place(value):.1f}" cy="{y}" r="4" fill="#27c" opacity="0.6"/>' for value in values]
+        middle = place(statistics.mean(values))
+        parts.append(f'<line x1="{middle:.1f}" y1="{y - 8}" x2="{middle:.1f}" y2="{y + 8}" stroke="#d40" stroke-width="2"/>')
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, value = left + share * (right - left), low + share * (high - low)
+        parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{value:.4g}</text>')
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
 def spread(values):
@@ -109,6 +142,7 @@ VISION_VARIANTS = [
 
 def vision(options):
     header(options, "| model | accuracy, % | SD | validation loss | SD |\n|---|---|---|---|---|")
+    rows = []
     for number, (name, ffn, block) in enumerate(VISION_VARIANTS):
         accuracies, losses = [], []
         for seed in range(1, options.seeds + 1):
@@ -120,8 +154,11 @@ def vision(options):
         if options.times:
             print(f"| {name} | {milliseconds(steps):.1f} |", flush=True)
             continue
+        rows.append((name, accuracies))
         (accuracy, deviation), (loss, loss_deviation) = spread(accuracies), spread(losses)
         print(f"| {name} | {accuracy:.2f} | {deviation:.2f} | {loss:.4f} | {loss_deviation:.4f} |", flush=True)
+    if options.plot:
+        plot(options.plot, "accuracy on images held back, %", rows)
 
 
 def header(options, line):
@@ -182,6 +219,7 @@ def text(options, out, seed, ffn, experts, router, steps=None):
 def table(options, experiment, variants):
     """Trains (name, ffn, experts lines, router lines[, steps]) variants; losses, and balance over the validation text."""
     header(options, "| router | validation loss | SD | MaxVio, worst layer | idle experts |\n|---|---|---|---|---|")
+    rows = []
     for number, (name, *recipe) in enumerate(variants):
         losses, violations, idle = [], [], []
         if options.times:
@@ -195,9 +233,12 @@ def table(options, experiment, variants):
         if options.times:
             print(f"| {name} | {milliseconds(steps):.1f} |", flush=True)
             continue
+        rows.append((name, losses))
         (loss, deviation), violation = spread(losses), spread(violations)[0]
         idle = f"{statistics.mean(idle):.1f}"
         print(f"| {name} | {loss:.4f} | {deviation:.4f} | {violation:.2f} | {idle} |", flush=True)
+    if options.plot:
+        plot(options.plot, "validation loss, nats a token", rows)
 
 
 def sparse(experts, top_k):
@@ -261,10 +302,37 @@ def depth(sampler):
     return f'[depths]\nshare = {DEPTH_SHARE}\nevery = 2\nsampler = "{sampler}"'
 
 
+def methods(options):
+    """Every method of docs/routers on the same small task."""
+    two, one = (128, sparse(16, 2)), (128, sparse(16, 1))
+    future = {"allow_future_leak": True}
+    table(options, "methods", [
+        ("top_k", *two, router("top_k")),
+        ("top_k, raw", *two, router("top_k", renormalise=False)),
+        ("top_k, softmax of the chosen", *two, router("top_k", score="softmax_of_chosen")),
+        ("top_k, sparse mixer", *two, router("top_k", score="sparse_mixer")),
+        ("top_k of 1, Llama 4's", *one, router("top_k", score="sigmoid_of_chosen", weighs_input=True)),
+        ("noisy_top_k", *two, router("noisy_top_k")),
+        ("hierarchical, 4 groups", *two, router("hierarchical", groups=4)),
+        ("switch", *one, router("switch")),
+        ("gshard", *two, router("gshard")),
+        ("vision", *two, router("vision")),
+        ("loss_free, rate 0.01", *two, router("loss_free", rate=0.01)),
+        ("deepseek_v2, 4 devices", *two, router("deepseek_v2", devices=4, devices_per_token=2)),
+        ("hash", *one, router("hash")),
+        ("hash, counted", *one, router("hash", table="counted")),
+        ("forced", *two, router("forced")),
+        ("expert_choice (sees the future)", *two, router("expert_choice", **future)),
+        ("base (trained on the batch)", *one, router("base", **future)),
+        ("sinkhorn (trained on the batch)", *two, router("sinkhorn", **future)),
+    ])
+
+
 def leak(options):
     """Expert choice sees the future: the loss of windows read at once, and of the same read from left to right."""
     shape = (128, sparse(16, 2))
     header(options, "| router | read at once | SD | from left to right | SD |\n|---|---|---|---|---|")
+    rows = []
     for number, (name, lines) in enumerate([
         ("top-k", router("top_k")),
         ("expert choice", router("expert_choice", allow_future_leak=True)),
@@ -282,11 +350,14 @@ def leak(options):
         if options.times:
             print(f"| {name} | {milliseconds(steps):.1f} |", flush=True)
             continue
+        rows += [(f"{name}, {way}", values) for way, values in zip(["at once", "from left to right"], zip(*found))]
         columns = " | ".join(f"{mean:.4f} | {deviation:.4f}" for mean, deviation in map(spread, zip(*found)))
         print(f"| {name} | {columns} |", flush=True)
+    if options.plot:
+        plot(options.plot, "loss on held-back text, nats a token", rows)
 
 
-EXPERIMENTS = {"vision": vision, "balance": balance, "hash": hashing, "depths": depths, "leak": leak}
+EXPERIMENTS = {"vision": vision, "balance": balance, "hash": hashing, "depths": depths, "leak": leak, "methods": methods}
 TIMED_STEPS = 20
 
 
@@ -297,9 +368,11 @@ def main():
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments")
     parser.add_argument("--binary", type=Path, default=ROOT / "target" / "release" / "moebius")
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--times", action="store_true", help="only the time of a step, measured by a few of them")
     options = parser.parse_args()
     if options.times:
+        options.plot = None
         options.seeds, options.steps, options.out = 1, TIMED_STEPS, options.out / "times"
     if not options.binary.exists():
         sys.exit(f"{options.binary}: no such file; cargo build --release")

@@ -294,6 +294,7 @@ fn wrong_combinations_are_refused_on_their_line() {
         (1, "name = 'hash'\ntable = 'clustered'", "18: router.embeddings: wanted the folder of a trained model"),
         (1, "name = 'hash'\nembeddings = 'x'", "20: router.embeddings: wanted no such key"),
         (1, "name = 'hash'\ntable = 'clustered'\nembeddings = 3", "21: router.embeddings: wanted the folder"),
+        (1, "name = 'switch'\ncapacity_factor = 0.005", "20: router.capacity_factor: wanted at least 800 tokens"),
         (1, "name = 'sinkhorn'", "19: router.name: router sinkhorn: a token's experts depend on later tokens"),
         (2, "name = 'vision'\nbatch_priority = true", "19: router.name: router vision: "),
         (1, "name = 'loss_free'", "7: model.experts_per_token: top-1 routing with renormalised weights"),

@@ -55,16 +55,24 @@ impl MethodConfig {
         self.sketch(layer).map(|(weights, _)| weights)
     }
 
+    /// The fewest tokens of a batch with which every expert's capacity is at least one.
+    ///
+    /// # Errors
+    /// As [`MethodConfig::build`].
+    pub fn least_tokens(&self, layer: &MethodLayer) -> Result<usize, MoeError> {
+        self.sketch(layer).map(|(_, method)| method.least_tokens())
+    }
+
     /// How the method scores, chooses and weighs, if a published family's router could do the same.
     ///
     /// # Errors
     /// As [`MethodConfig::build`].
     pub fn settings(&self, layer: &MethodLayer) -> Result<Option<RouterSettings>, MoeError> {
-        self.sketch(layer).map(|(_, settings)| settings)
+        self.sketch(layer).map(|(_, method)| method.settings().copied())
     }
 
-    /// The method built with weights of width 1: what they would be, and its settings.
-    fn sketch(&self, layer: &MethodLayer) -> Result<(Vec<MethodWeight>, Option<RouterSettings>), MoeError> {
+    /// What the weights would be, and the method with weights of width 1.
+    fn sketch(&self, layer: &MethodLayer) -> Result<(Vec<MethodWeight>, Box<dyn RoutingMethod>), MoeError> {
         let mut all = Vec::new();
         let narrow = MethodLayer { hidden: ANY_WIDTH, ..*layer };
         let method = self.build(&narrow, &mut |name, shape| {
@@ -72,8 +80,7 @@ impl MethodConfig {
             all.push((name.to_owned(), with(layer.hidden)));
             Ok(Param::new(0, name, Tensor::zeros(&with(1))))
         })?;
-        let settings = method.settings().copied();
-        Ok((all, settings))
+        Ok((all, method))
     }
 }
 

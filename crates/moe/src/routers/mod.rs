@@ -123,6 +123,11 @@ pub trait RoutingMethod: Debug + Send + Sync {
         None
     }
 
+    /// The fewest tokens of a batch with which every expert's capacity is at least one.
+    fn least_tokens(&self) -> usize {
+        1
+    }
+
     /// Told once an optimiser step how many assignments each expert had in the whole batch; for methods that balance
     /// without a gradient.
     fn after_step(&mut self, counts: &[u64]) {
@@ -149,6 +154,10 @@ impl RoutingMethod for Box<dyn RoutingMethod> {
 
     fn settings(&self) -> Option<&RouterSettings> {
         (**self).settings()
+    }
+
+    fn least_tokens(&self) -> usize {
+        (**self).least_tokens()
     }
 
     fn after_step(&mut self, counts: &[u64]) {
@@ -202,3 +211,5 @@ pub fn build(name: &str, setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>
 
 #[cfg(test)]
 mod suite;
+#[cfg(test)]
+mod testing;

@@ -146,7 +146,9 @@ fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
             }
             if let (Some(router), Some(top_k), true) = (&recipe.router, chosen, checks.is_empty()) {
                 let (vocabulary, top_k_key) = (recipe.tokenizer.vocab_size, "model.experts_per_token");
-                router.check(&RoutedLayer { experts, top_k, vocabulary, causal: true, top_k_key }, checks);
+                let share = recipe.depths.as_ref().map_or(1.0, |depths| depths.share);
+                let tokens = Some((share * (recipe.train.sequences * recipe.train.sequence_length) as f64) as usize);
+                router.check(&RoutedLayer { experts, top_k, vocabulary, causal: true, tokens, top_k_key }, checks);
             }
         }
         (None, Some(chosen)) => {

@@ -19,6 +19,7 @@ pub struct RouterSection(BTreeMap<String, RouterValue>);
 struct RouterValue(OptionValue);
 
 const NAME: &str = "name";
+const CAPACITY: &str = "capacity_factor";
 /// A folder, not the method's affair: of the model whose embeddings make a hash router's table.
 const EMBEDDINGS: &str = "embeddings";
 
@@ -75,7 +76,15 @@ impl RouterSection {
         checks.require(has == clusters && (!has || self.embeddings().is_some()), "router.embeddings", wanted, found);
         let RoutedLayer { experts, top_k, vocabulary, causal, .. } = *layer;
         let method_layer = MethodLayer { hidden: 1, experts, top_k, vocabulary, causal };
-        let Err(error) = self.method().weights(&method_layer) else { return };
+        let error = match self.method().least_tokens(&method_layer) {
+            Ok(least) => {
+                let tokens = layer.tokens.unwrap_or(least);
+                let wanted = format!("at least {least} tokens that a layer sees at once, for each expert to have one");
+                let key = if self.0.contains_key(CAPACITY) { "router.capacity_factor" } else { "router.name" };
+                return checks.require(tokens >= least, key, wanted, tokens);
+            }
+            Err(error) => error,
+        };
         match error {
             MoeError::Option { key, message, .. } => checks.complain(&format!("router.{key}"), message),
             MoeError::TopK { .. } | MoeError::NoRouterGradient => checks.complain(layer.top_k_key, error.to_string()),
@@ -97,6 +106,8 @@ pub(crate) struct RoutedLayer<'a> {
     pub(crate) vocabulary: usize,
     /// Whether later tokens must not be seen.
     pub(crate) causal: bool,
+    /// Tokens that a layer sees at once, if the recipe says.
+    pub(crate) tokens: Option<usize>,
     /// The recipe's key for `top_k`.
     pub(crate) top_k_key: &'a str,
 }
