@@ -358,9 +358,8 @@ mod tests {
 
     #[test]
     fn values_become_texts_as_in_python() {
-        let value = Value::from_serialize(serde_json::json!({"a": [1e-5, 2, "x"]}));
-        for (value, wanted) in
-            [(value, "{'a': [1e-05, 2, 'x']}"), (Value::from(1e-5), "1e-05"), (Value::from("x"), "x")]
+        let json = value(&serde_json::json!({"a": [1e-5, 2, "x"]}));
+        for (value, wanted) in [(json, "{'a': [1e-05, 2, 'x']}"), (Value::from(1e-5), "1e-05"), (Value::from("x"), "x")]
         {
             assert_eq!(string(&value).unwrap().as_str(), Some(wanted));
         }
