@@ -231,7 +231,12 @@ impl<'a> Checkpoint<'a> {
             // Old checkpoints carry the rotary frequencies, which follow from the configuration.
             let is_known = wanted.contains(tensor.name) || tensor.name.ends_with(".rotary_emb.inv_freq");
             if !is_known && self.layout.left_out(tensor.name).is_none() {
-                let message = format!("the {} configuration has no such tensor", self.config.family);
+                let hint = if tensor.name.contains("_scale") {
+                    "; FP8 is read where config.json has weight_block_size and each matrix its weight_scale_inv"
+                } else {
+                    ""
+                };
+                let message = format!("the {} configuration has no such tensor{hint}", self.config.family);
                 return Err(ModelError::tensor(tensor.file, tensor.name, message));
             }
             if !seen.insert(tensor.name) {

@@ -1,11 +1,12 @@
 //! Published layouts that our own writer does not write: FP8 by blocks, layers that predict further tokens, text models
 //! inside larger ones, experts that stand together, checkpoints of hundreds of gigabytes.
 
+use moebius_kernels::formats::Format;
 use moebius_kernels::gemm::Precision;
 use moebius_model::families::{find, read_config, tensors};
 use moebius_model::safetensors::SafetensorsFile;
 use moebius_model::{Batch, Checkpoint, Model, RunFormat, Silent, Survey};
-use moebius_tensor::Graph;
+use moebius_tensor::{Frozen, Graph};
 use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::io::Write;
@@ -64,9 +65,9 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     model.logits(&g, &hidden).data().to_vec()
 }
 
-#[test]
-fn deepseeks_own_files_give_what_their_decoded_numbers_give() {
-    let folder = fixture("deepseek_v3_fp8");
+/// Compares the logits of a fixture, loaded in two ways, with what transformers computes with its decoded numbers.
+fn compare(name: &str) -> Checkpoint<'static> {
+    let folder = fixture(name);
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let expected = SafetensorsFile::open(&folder.join("expected.safetensors")).unwrap();
     let tokens: Vec<u32> =
@@ -77,8 +78,31 @@ fn deepseeks_own_files_give_what_their_decoded_numbers_give() {
     {
         let found = logits(&model, &tokens);
         let worst = found.iter().zip(&wanted[..]).map(|(found, wanted)| (found - wanted).abs()).fold(0.0, f32::max);
-        assert!(found.len() == wanted.len() && worst < 1e-4, "{worst}");
+        assert!(found.len() == wanted.len() && worst < 1e-4, "{name}: {worst}");
     }
+    checkpoint
+}
+
+#[test]
+fn gpt_osss_own_files_give_what_their_decoded_numbers_give() {
+    let checkpoint = compare("gpt_oss_mxfp4");
+    let types = Survey::open(&fixture("gpt_oss_mxfp4")).unwrap().stored.unwrap().types;
+    assert_eq!(types["MXFP4"].elements + types["F32"].elements, checkpoint.config().inventory().unwrap().total());
+    // Run as they are stored, the experts keep their blocks.
+    let model = Model::load_to_run(&checkpoint, RunFormat::AsStored, &mut |_| ()).unwrap();
+    for bank in
+        model.params().iter().filter(|param| param.name().ends_with("gate_up") || param.name().ends_with("down"))
+    {
+        let Some(Frozen::Quantised(matrices)) = bank.frozen_matrices() else {
+            panic!("{} is not in blocks", bank.name())
+        };
+        assert!(matrices.iter().all(|matrix| matrix.format() == Format::MXFP4), "{}", bank.name());
+    }
+}
+
+#[test]
+fn deepseeks_own_files_give_what_their_decoded_numbers_give() {
+    let (folder, checkpoint) = (fixture("deepseek_v3_fp8"), compare("deepseek_v3_fp8"));
     assert_eq!(checkpoint.left_out().into_iter().collect::<Vec<_>>(), [("multi-token prediction", 5)]);
     let survey = Survey::open(&folder).unwrap().stored.unwrap();
     assert_eq!(survey.left_out["multi-token prediction"].tensors, 5);
@@ -126,7 +150,7 @@ fn other_ways_to_store_fp8_are_refused_by_name() {
         ),
         (
             refused(&|_, all| all.retain(|tensor| tensor.name != SCALES)),
-            &["o_proj.weight`", "found F8_E4M3", "weight_scale_inv"],
+            &["o_proj.weight`", "F8_E4M3 with weight_scale_inv, found F8_E4M3"],
         ),
         (
             refused(&|_, all| {
@@ -135,7 +159,10 @@ fn other_ways_to_store_fp8_are_refused_by_name() {
             }),
             &["o_proj.weight_scale`", "no such tensor"],
         ),
-        (refused(&|config, _| drop(config.remove("quantization_config"))), &["F8_E4M3", "weight_block_size"]),
+        (
+            refused(&|config, _| drop(config.remove("quantization_config"))),
+            &["no such tensor; FP8 is read", "weight_block_size"],
+        ),
         (refused(&|config, _| drop(config.remove("num_nextn_predict_layers"))), &["model.layers.2.", "no such tensor"]),
     ] {
         for part in parts {

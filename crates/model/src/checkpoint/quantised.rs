@@ -174,13 +174,7 @@ pub(super) fn plain_format(view: &TensorView<'_>) -> Result<Format, ModelError> 
         Dtype::F16 => Ok(Format::F16),
         Dtype::BF16 => Ok(Format::Bf16),
         other => {
-            let hint = match other {
-                Dtype::F8E4M3 => {
-                    "; FP8 is read where config.json has weight_block_size and each matrix its weight_scale_inv"
-                }
-                _ => "",
-            };
-            let message = format!("wanted F32, F16 or BF16, found {other}{hint}");
+            let message = format!("wanted F32, F16 or BF16, or F8_E4M3 with weight_scale_inv, found {other}");
             Err(ModelError::tensor(view.file, view.name, message))
         }
     }
