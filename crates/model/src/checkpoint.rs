@@ -143,7 +143,7 @@ impl<'a> Checkpoint<'a> {
     /// What is stored of a tensor of [`Checkpoint::checked_maps`].
     pub(crate) fn stored(&self, map: &TensorMap) -> Result<Stored<'_>, ModelError> {
         if let Some(gguf) = &self.gguf {
-            return gguf.stored(map, &self.config);
+            return gguf.stored(map);
         }
         match self.parts(map).ok_or_else(|| self.missing(map))? {
             Parts::Microscaled(parts) => Ok(microscaled(map, parts)),
@@ -157,8 +157,8 @@ impl<'a> Checkpoint<'a> {
 
     /// The format that a tensor of [`Checkpoint::checked_maps`] is stored in.
     pub(crate) fn stored_format(&self, map: &TensorMap) -> Result<Format, ModelError> {
-        if self.gguf.is_some() {
-            return self.stored(map).map(|stored| stored.format);
+        if let Some(gguf) = &self.gguf {
+            return gguf.stored_format(map);
         }
         Ok(match self.parts(map).ok_or_else(|| self.missing(map))? {
             Parts::Microscaled(_) => Format::MXFP4,
@@ -284,8 +284,17 @@ pub struct NamedTensor<'m> {
 /// Something of every weight, the weight itself or its gradient, under the checkpoint's names and shapes. `of` gives the
 /// numbers of one of our weights; tensors of weights it has nothing for are left out.
 pub fn named_tensors<'m>(model: &'m Model, of: impl Fn(&'m Param) -> Option<&'m [f32]>) -> Vec<NamedTensor<'m>> {
+    tensors_as(&model.config, model, of)
+}
+
+/// As [`named_tensors`], in the layout of `config`.
+fn tensors_as<'m>(
+    config: &ModelConfig,
+    model: &'m Model,
+    of: impl Fn(&'m Param) -> Option<&'m [f32]>,
+) -> Vec<NamedTensor<'m>> {
     let params: BTreeMap<&str, &Param> = model.params().into_iter().map(|param| (param.name(), param)).collect();
-    let groups = group_by_file(families::tensors(&model.config));
+    let groups = group_by_file(families::tensors(config));
     let tensor = |maps: Vec<TensorMap>| {
         let data = match &maps[..] {
             [map] if map.is_whole() => {
@@ -327,7 +336,23 @@ pub enum StoredAs {
 /// # Errors
 /// What the system says; what stood in the folder still does then, and nothing else.
 pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(), ModelError> {
-    let named = named_tensors(model, |param| Some(param.value().data()));
+    save_model_as(folder, model, &model.config, stored_as)
+}
+
+/// As [`save_model`], in the layout of another configuration with the same weights ([`families::published`]).
+///
+/// # Errors
+/// As [`save_model`].
+///
+/// # Panics
+/// If `config` has other weights.
+pub fn save_model_as(
+    folder: &Path,
+    model: &Model,
+    config: &ModelConfig,
+    stored_as: StoredAs,
+) -> Result<(), ModelError> {
+    let named = tensors_as(config, model, |param| Some(param.value().data()));
     let tensors: Vec<TensorToWrite> = (named.iter())
         .map(|NamedTensor { name, shape, data }| {
             let data = match stored_as {
@@ -337,7 +362,7 @@ pub fn save_model(folder: &Path, model: &Model, stored_as: StoredAs) -> Result<(
             TensorToWrite { name: name.clone(), shape: shape.clone(), data }
         })
         .collect();
-    save_tensors(folder, &model.config, &tensors, stored_as)
+    save_tensors(folder, config, &tensors, stored_as)
 }
 
 /// As [`save_model`], from the family's tensors.

@@ -196,7 +196,7 @@ impl Routed {
             let layer = config.method_layer(moe);
             let router = methods::build(method, &layer, &mut |name, shape| weights.get(name, shape))?;
             let experts = experts(moe, config.hidden, weights)?;
-            return Ok(Self::Method(MoeLayer { router, experts }));
+            return Ok(Self::Method(MoeLayer::by(router, experts)));
         }
         let score = weights.get("router", &[n_experts, config.hidden])?;
         let biases = [

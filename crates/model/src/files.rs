@@ -52,6 +52,11 @@ impl Staged {
         Ok(Self { temporary, path: path.to_path_buf() })
     }
 
+    /// Where it is until then.
+    pub(crate) fn path(&self) -> &Path {
+        self.temporary.path()
+    }
+
     /// Puts it in its place, over what is there.
     pub(crate) fn publish(self) -> Result<(), ModelError> {
         let Self { temporary, path } = self;

@@ -42,7 +42,7 @@ mod weights;
 
 pub use batch::Batch;
 pub use cache::{KvCache, Numerics};
-pub use checkpoint::{Checkpoint, named_tensors, save_model};
+pub use checkpoint::{Checkpoint, named_tensors, save_model, save_model_as};
 pub use config::{Ffn, ModelConfig, QkNorm, UniformDecoder};
 pub use cost::{Cost, ExpertUse};
 pub use decoder::{Model, ParameterCount};
@@ -50,7 +50,7 @@ pub use encoder_decoder::EncoderDecoder;
 pub use error::ModelError;
 pub use files::atomic_write;
 pub use inventory::{CacheBytes, Inventory, LayerKind};
-pub use loss::{Loss, LossSettings};
+pub use loss::{Counted, Loss, LossSettings};
 pub use observer::{Observer, Silent};
 pub use running::{LoadProgress, RunFormat};
 pub use safetensors::Dtype;

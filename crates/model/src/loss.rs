@@ -2,18 +2,47 @@
 
 use crate::{Batch, Model, ModelError, Observer};
 use moebius_moe::routers::DepthDecision;
-use moebius_moe::{Routing, load_balancing_loss, z_loss};
+use moebius_moe::{LoadStatistics, Routing, load_balancing_loss, load_balancing_loss_over, z_loss};
 use moebius_tensor::{Graph, Var, ops};
 
 /// What is added to the cross entropy, and how memory is spent.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LossSettings {
+pub struct LossSettings<'a> {
     /// Weight of the load-balancing loss (the mean over layers).
     pub balance_coefficient: f32,
     /// Weight of the router's z-loss.
     pub z_coefficient: f32,
     /// Whether layers recompute their activations in the backward: less memory, a third more work.
     pub recompute: bool,
+    /// Whose choices the load-balancing loss counts.
+    pub counted: Counted<'a>,
+}
+
+/// Whose choices the load-balancing loss counts. Loads stand layer by layer, those with experts only.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Counted<'a> {
+    /// Those of the batch.
+    #[default]
+    Batch,
+    /// Those of the batch and of others before it; none before the first.
+    Since(&'a [LoadStatistics]),
+    /// All of these, the batch's among them.
+    All(&'a [LoadStatistics]),
+}
+
+impl Counted<'_> {
+    /// The load-balancing loss of layer `index`.
+    fn loss<'p>(self, g: &Graph<'p>, index: usize, layer: &Routing) -> Var {
+        let (mut load, adds) = match self {
+            Self::Batch => return load_balancing_loss(g, &[layer]),
+            Self::Since(loads) => (loads.get(index).cloned().unwrap_or_default(), true),
+            Self::All(loads) => (loads.get(index).cloned().unwrap_or_default(), false),
+        };
+        if adds {
+            load.add(&layer.plan);
+        }
+        load_balancing_loss_over(g, layer, &load)
+    }
 }
 
 /// The objective and its parts.
@@ -42,8 +71,8 @@ pub struct Loss {
 /// every layer sends all to a few experts as long as the layers choose different ones, and small models do: after 1000
 /// steps of `recipes/tiny.toml` the fullest expert of a layer had 3.5 times the mean (4 is the most possible), with a
 /// layer's own loss 1.3 times (validation loss 3.398 pooled, 3.404 by layer; one seed each).
-fn mean_balance<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
-    let each: Vec<Var> = layers.iter().map(|layer| load_balancing_loss(g, &[layer])).collect();
+fn mean_balance<'p>(g: &Graph<'p>, layers: &[&Routing], counted: Counted<'_>) -> Var {
+    let each: Vec<Var> = layers.iter().enumerate().map(|(index, layer)| counted.loss(g, index, layer)).collect();
     let share = 1.0 / each.len().max(1) as f32;
     ops::weighted_sum(g, &each.iter().map(|loss| (share, loss)).collect::<Vec<_>>())
 }
@@ -93,7 +122,7 @@ impl Model {
         g: &Graph<'p>,
         batch: &Batch,
         targets: &[u32],
-        settings: &LossSettings,
+        settings: &LossSettings<'_>,
     ) -> Result<Loss, ModelError> {
         let (position, vocabulary) =
             (|&target: &u32| target != u32::MAX && target as usize >= self.config.vocab_size, self.config.vocab_size);
@@ -107,7 +136,7 @@ impl Model {
         let Collected { routing, mixer_routing, depths } = collected;
         let layers: Vec<&Routing> = routing.iter().collect();
         let routers: Vec<&Routing> = routing.iter().chain(&mixer_routing).collect();
-        let (balance, z) = (mean_balance(g, &routers), z_loss(g, &routers));
+        let (balance, z) = (mean_balance(g, &routers, settings.counted), z_loss(g, &routers));
         let sampler_weight = self.config.depths.map_or(0.0, |depths| depths.sampler_loss as f32);
         let method = mean_method(g, &layers, &depths, sampler_weight);
         let mut terms = vec![(1.0, &cross_entropy)];

@@ -1,9 +1,13 @@
 //! Models through GGUF files and back.
 
 use moebius_kernels::formats::Format;
+use moebius_kernels::gemm::Precision;
 use moebius_model::config::{Mixer, Reach};
-use moebius_model::gguf::{ExportSettings, GgufFile, write_model};
-use moebius_model::{Checkpoint, Ffn, Model, ModelConfig, QkNorm, UniformDecoder};
+use moebius_model::gguf::{self, ExportSettings, GgufFile, ValueToWrite, WeightToWrite, write_gguf, write_model};
+use moebius_model::{Batch, Checkpoint, Ffn, Model, ModelConfig, QkNorm, Silent, UniformDecoder, families};
+use moebius_tensor::Graph;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 fn config(family: &str, ffn: Ffn, tie_embeddings: bool) -> ModelConfig {
@@ -102,7 +106,243 @@ fn a_mistral_comes_back_as_what_llama_cpp_knows() {
         attention.reach = Reach::Window(8);
     }
     let error = write_model(&path, &windowed, &settings(Format::F16)).unwrap_err().to_string();
-    assert!(error.ends_with("`sliding_window`: wanted none for the architecture llama, found 8"), "{error}");
+    let wanted =
+        "`sliding_window`: wanted [All, All], which the architecture llama means; found [Window(8), Window(8)]";
+    assert!(error.ends_with(wanted), "{error}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the first file");
+}
+
+/// A fixture's configuration with some keys set or (null) taken away, inside objects too.
+fn patched(family: &str, patch: &Value) -> ModelConfig {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family).join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    fn apply(config: &mut Value, patch: &Value) {
+        for (key, value) in patch.as_object().unwrap() {
+            match value {
+                Value::Object(_) if config[key].is_object() => apply(&mut config[key], value),
+                Value::Null => drop(config.as_object_mut().unwrap().remove(key)),
+                value => config[key] = value.clone(),
+            }
+        }
+    }
+    apply(&mut config, patch);
+    families::read_config(config.to_string().as_bytes(), "config.json").unwrap()
+}
+
+/// Each architecture, by a family's fixture: what is changed there so that the architecture can say it.
+fn architectures() -> Vec<(&'static str, &'static str, Value)> {
+    let yarn = json!({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8});
+    let mut scaled = yarn.clone();
+    (scaled["mscale"], scaled["mscale_all_dim"]) = (json!(0.7), json!(0.7));
+    let llama3 = json!({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
+    let short = json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5, 2.5], "long_factor": [3.5, 4.5],
+        "short_mscale": 1.25, "long_mscale": 1.25, "original_max_position_embeddings": 16});
+    vec![
+        ("llama", "llama", json!({"rope_parameters": llama3})),
+        ("llama", "mixtral", json!({})),
+        ("qwen2", "qwen2", json!({"rope_parameters": {"rope_type": "linear", "factor": 3.0}})),
+        ("qwen3", "qwen3", json!({})),
+        ("qwen2moe", "qwen2_moe", json!({"mlp_only_layers": []})),
+        ("qwen3moe", "qwen3_moe", json!({"rope_parameters": yarn})),
+        ("olmoe", "olmoe", json!({})),
+        ("deepseek2", "deepseek_v2", json!({})),
+        ("deepseek2", "deepseek_v3", json!({"rope_parameters": scaled})),
+        ("deepseek2", "deepseek_v3", json!({"q_lora_rank": null, "rope_interleave": false, "rope_parameters": null})),
+        ("glm4moe", "glm4_moe", json!({})),
+        ("dots1", "dots1", json!({"layer_types": null, "sliding_window": null})),
+        ("ernie4_5-moe", "ernie4_5_moe", json!({})),
+        ("hunyuan-moe", "hunyuan_v1_moe", json!({})),
+        ("minimax-m2", "minimax_m2", json!({})),
+        ("granitemoe", "granitemoeshared", json!({})),
+        ("granitemoe", "granitemoeshared", json!({"model_type": "granitemoe", "shared_intermediate_size": null})),
+        ("phimoe", "phimoe", json!({"router_jitter_noise": 0.01, "rope_parameters": short})),
+        ("dbrx", "dbrx", json!({"ffn_config": {"moe_normalize_expert_weights": 1.0}})),
+        (
+            "llama4",
+            "llama4_text",
+            json!({"attention_chunk_size": 8192, "floor_scale": 8192, "no_rope_layers": [1, 1],
+            "layer_types": ["chunked_attention", "chunked_attention"], "interleave_moe_layer_step": 2}),
+        ),
+        ("gpt-oss", "gpt_oss", json!({"rope_parameters": {"truncate": false}})),
+        ("grok", "grok", json!({})),
+    ]
+}
+
+/// Logits of some tokens.
+fn logits(model: &Model) -> Vec<f32> {
+    let tokens = [1, 7, 30, 2, 2, 41, 9, 0, 12, 33, 8];
+    let graph = Graph::inference(Precision::F32);
+    let hidden = model.forward(&graph, &Batch::of_sequences(&[tokens]), None, &mut Silent).unwrap();
+    model.logits(&graph, &hidden).data().to_vec()
+}
+
+fn are_alike(a: &Model, b: &Model) -> bool {
+    logits(a).iter().zip(logits(b)).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + a.abs()))
+}
+
+/// Tensors by their names: shape and numbers.
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Writes a file again in f32, its numbers of metadata and its tensors changed.
+fn rewrite(path: &Path, change: impl FnOnce(&mut BTreeMap<String, ValueToWrite>, &mut Tensors)) {
+    let file = GgufFile::open(path).unwrap();
+    let mut metadata: BTreeMap<String, ValueToWrite> = (file.metadata().keys())
+        .filter_map(|key| {
+            let value = match file.metadata().get(key).unwrap().unwrap() {
+                gguf::Value::Whole(number) => ValueToWrite::U32(number as u32),
+                gguf::Value::F32(number) => ValueToWrite::F32(number),
+                gguf::Value::Flag(flag) => ValueToWrite::Bool(flag),
+                gguf::Value::Text(text) => ValueToWrite::Text(text.into()),
+                _ => return None,
+            };
+            Some((key.to_string(), value))
+        })
+        .collect();
+    let mut tensors: Tensors = (file.tensors())
+        .map(|tensor| {
+            let mut values = vec![0.0; tensor.shape.iter().product()];
+            tensor.read_f32(&mut values);
+            (tensor.name.to_string(), (tensor.shape.to_vec(), values))
+        })
+        .collect();
+    drop(file);
+    change(&mut metadata, &mut tensors);
+    let weights: Vec<WeightToWrite> = (tensors.iter())
+        .map(|(name, (shape, values))| {
+            let columns = *shape.last().unwrap();
+            let values: gguf::Values = Box::new(move |rows, out| {
+                out.copy_from_slice(&values[rows.start * columns..rows.end * columns]);
+            });
+            WeightToWrite { name: name.clone(), shape: shape.clone(), format: Format::F32, values }
+        })
+        .collect();
+    write_gguf(path, &metadata.into_iter().collect::<Vec<_>>(), &weights).unwrap();
+}
+
+#[test]
+fn old_files_expand_latents_by_one_tensor() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new(&patched("deepseek_v2", &json!({})), 5).unwrap();
+    let path = export(folder.path(), &model, Format::F32);
+    rewrite(&path, |metadata, tensors| {
+        // Four heads: keys of 4 + 4 that turn, values of 3, a latent of 6.
+        metadata.remove("deepseek2.attention.key_length_mla");
+        metadata.remove("deepseek2.attention.value_length_mla");
+        metadata.insert("deepseek2.attention.key_length".into(), ValueToWrite::U32(8));
+        metadata.insert("deepseek2.attention.value_length".into(), ValueToWrite::U32(3));
+        metadata.insert("deepseek2.attention.head_count_kv".into(), ValueToWrite::U32(4));
+        metadata.remove("deepseek2.attention.q_lora_rank");
+        metadata.remove("deepseek2.expert_gating_func");
+        for layer in 0..2 {
+            let mut take = |name: &str| tensors.remove(&format!("blk.{layer}.attn_{name}.weight")).unwrap().1;
+            let (keys, values) = (take("k_b"), take("v_b"));
+            let mut joined = Vec::new();
+            for head in 0..4 {
+                let key = &keys[head * 24..(head + 1) * 24];
+                joined.extend((0..4).flat_map(|row| (0..6).map(move |col| key[col * 4 + row])));
+                joined.extend(&values[head * 18..(head + 1) * 18]);
+            }
+            tensors.insert(format!("blk.{layer}.attn_kv_b.weight"), (vec![28, 6], joined));
+        }
+    });
+    assert!(are_alike(&model, &Model::load(&Checkpoint::open(&path).unwrap()).unwrap()));
+}
+
+#[test]
+fn other_layouts_of_the_same_tensors_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new(&patched("glm4_moe", &json!({"attention_bias": false})), 5).unwrap();
+    let path = export(folder.path(), &model, Format::F32);
+    rewrite(&path, |metadata, tensors| {
+        // Gates and ups of all experts in one tensor, queries, keys and values too, and a layer that only guesses.
+        let mut take = |name: &str| tensors.remove(&format!("blk.1.{name}.weight")).unwrap();
+        let ((shape, gate), (_, up)) = (take("ffn_gate_exps"), take("ffn_up_exps"));
+        let size = shape[1] * shape[2];
+        let both = gate.chunks(size).zip(up.chunks(size)).flat_map(|(gate, up)| [gate, up].concat()).collect();
+        tensors.insert("blk.1.ffn_gate_up_exps.weight".into(), (vec![shape[0], 2 * shape[1], shape[2]], both));
+        for layer in 0..2 {
+            let parts = ["q", "k", "v"].map(|part| tensors.remove(&format!("blk.{layer}.attn_{part}.weight")).unwrap());
+            let rows = parts.iter().map(|(shape, _)| shape[0]).sum();
+            let joined = parts.iter().flat_map(|(_, values)| values.clone()).collect();
+            tensors.insert(format!("blk.{layer}.attn_qkv.weight"), (vec![rows, 16], joined));
+        }
+        let (shape, bias) = tensors["blk.1.exp_probs_b.bias"].clone();
+        tensors.insert("blk.1.exp_probs_b.bias".into(), ([&[1], &shape[..]].concat(), bias));
+        tensors.insert("blk.2.nextn.enorm.weight".into(), (vec![16], vec![0.0; 16]));
+        metadata.insert("glm4moe.block_count".into(), ValueToWrite::U32(3));
+        metadata.insert("glm4moe.nextn_predict_layers".into(), ValueToWrite::U32(1));
+    });
+    assert!(are_alike(&model, &Model::load(&Checkpoint::open(&path).unwrap()).unwrap()));
+    rewrite(&path, |metadata, _| drop(metadata.insert("glm4moe.expert_gating_func".into(), ValueToWrite::U32(1))));
+    let error = Checkpoint::open(&path).err().unwrap().to_string();
+    assert!(error.ends_with("`glm4moe.expert_gating_func`: wanted 2 (sigmoid), found 1"), "{error}");
+}
+
+#[test]
+fn positions_that_cannot_be_read_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new(&patched("qwen3", &json!({})), 5).unwrap();
+    for (key, value, wanted) in [
+        ("rope.scaling.type", ValueToWrite::Text("dynamic".into()), "found `dynamic`"),
+        ("rope.scaling.type", ValueToWrite::Text("yarn".into()), "`qwen3.rope.scaling.factor`: wanted a number"),
+        ("rope.scaling.type", ValueToWrite::Text("longrope".into()), "found `longrope`"),
+        ("rope.dimension_count", ValueToWrite::U32(5), "wanted an even number up to the width of a head, 6, found 5"),
+        ("rope.dimension_count", ValueToWrite::U32(8), "wanted an even number up to the width of a head, 6, found 8"),
+        ("attention.value_length", ValueToWrite::U32(8), "wanted the width of a head, 6, found 8"),
+        ("attn_logit_softcapping", ValueToWrite::F32(30.0), "wanted 0, which changes nothing"),
+        ("expert_count", ValueToWrite::U32(4), "`qwen3.expert_count`: wanted 0 for this architecture"),
+    ] {
+        let path = export(folder.path(), &model, Format::F32);
+        rewrite(&path, |metadata, _| drop(metadata.insert(format!("qwen3.{key}"), value)));
+        let error = Checkpoint::open(&path).err().unwrap().to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
+    let path = export(folder.path(), &model, Format::F32);
+    rewrite(&path, |_, tensors| drop(tensors.insert("rope_freqs.weight".into(), (vec![3], vec![1.0, 0.0, 2.0]))));
+    let error = Checkpoint::open(&path).err().unwrap().to_string();
+    assert!(error.ends_with("tensor `rope_freqs.weight`: wanted numbers above 0, found 0"), "{error}");
+}
+
+#[test]
+fn every_architecture_brings_its_models_back() {
+    let folder = tempfile::tempdir().unwrap();
+    for (architecture, family, patch) in architectures() {
+        let model = Model::new(&patched(family, &patch), 5).unwrap();
+        let path = folder.path().join("m.gguf");
+        write_model(&path, &model, &settings(Format::F32)).unwrap_or_else(|error| panic!("{family}: {error}"));
+        let name = GgufFile::open(&path).unwrap().metadata().text("general.architecture").unwrap().to_string();
+        assert_eq!(name, architecture);
+        let again = Model::load(&Checkpoint::open(&path).unwrap()).unwrap_or_else(|error| panic!("{family}: {error}"));
+        assert!(are_alike(&model, &again), "{family} {patch}");
+    }
+}
+
+#[test]
+fn what_an_architecture_cannot_say_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    let ends = json!({"truncate": true, "rope_theta": 100.0, "original_max_position_embeddings": 64});
+    for (family, patch, wanted) in [
+        ("qwen2_moe", json!({}), "which the architecture qwen2moe means"),
+        ("dbrx", json!({}), "`ffn_config`: wanted"),
+        (
+            "llama4_text",
+            json!({"no_rope_layers": [1, 1], "layer_types": ["chunked_attention", "chunked_attention"]}),
+            "`sliding_window`: wanted [All, All], which the architecture llama4 means; found [Chunk(4), Chunk(4)]",
+        ),
+        ("llama4_text", json!({"attention_chunk_size": 8192}), "`rope_parameters`: wanted Some"),
+        ("dots1", json!({}), "`sliding_window`: wanted [All, All]"),
+        ("phimoe", json!({}), "`router_jitter_noise`: wanted 0.01, which the architecture phimoe means; found 0.2"),
+        ("gpt_oss", json!({"rope_parameters": ends}), "`rope_parameters`: wanted Some"),
+        ("deepseek_v3", json!({}), "`rope_parameters`: wanted Some"),
+        ("jamba", json!({}), "no GGUF architecture is known for family `jamba`"),
+    ] {
+        let model = Model::new(&patched(family, &patch), 5).unwrap();
+        let error = write_model(&path, &model, &settings(Format::F32)).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{family}: {error}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]

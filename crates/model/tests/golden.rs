@@ -182,7 +182,7 @@ fn recomputation_carries_the_routing_losses() {
     let batch = Batch::of_sequences(&golden.sequences);
     let gradients = [false, true].map(|recompute| {
         let (g, mut gradients) = (Graph::training(Precision::Bf16), Gradients::new());
-        let settings = LossSettings { balance_coefficient: 0.5, z_coefficient: 0.25, recompute };
+        let settings = LossSettings { balance_coefficient: 0.5, z_coefficient: 0.25, recompute, ..Default::default() };
         let loss = golden.model.loss(&g, &batch, &golden.targets(), &settings).unwrap();
         g.backward(&loss.total, &mut gradients);
         (loss.total.data()[0], gradients)

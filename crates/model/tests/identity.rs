@@ -122,7 +122,7 @@ fn gradients_do_not_depend_on_threads() {
         let gradients = |threads| {
             moebius_testkit::threads(threads).install(|| {
                 let (g, mut gradients) = (Graph::training(precision), Gradients::new());
-                let settings = LossSettings { balance_coefficient: 0.01, z_coefficient: 0.001, recompute: false };
+                let settings = LossSettings { balance_coefficient: 0.01, z_coefficient: 0.001, ..Default::default() };
                 let loss = model.loss(&g, &batch, &targets, &settings).unwrap();
                 g.backward(&loss.total, &mut gradients);
                 (loss.total.data()[0], gradients)

@@ -7,7 +7,7 @@
 //! weights normal of deviation 0.3; rate 0.4 on the mean gradient of all rows, no momentum; 50 training and 25 test
 //! speakers drawn anew in each run. Training ends at a mean squared error of 0.08 an output, as in the paper.
 
-use moebius_moe::routers::mixtures::{Mixture, MixtureError, Output};
+use moebius_moe::routers::mixtures::{Hierarchy, Mixture, MixtureError, Output, Response};
 use moebius_tensor::Rng;
 use std::error::Error;
 
@@ -44,6 +44,17 @@ impl Learner for Mixture {
 
     fn predict(&self, x: &[f32]) -> Vec<f32> {
         Mixture::predict(self, x)
+    }
+}
+
+/// The two-level mixture of Jordan and Jacobs (1994) over softmax regressions; an epoch is a round of EM.
+impl Learner for Hierarchy {
+    fn step(&mut self, table: &Table) {
+        self.em(&table.x, &table.targets, 1);
+    }
+
+    fn predict(&self, x: &[f32]) -> Vec<f32> {
+        Hierarchy::predict(self, x)
     }
 }
 
@@ -189,24 +200,51 @@ fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
     (mean, variance.sqrt())
 }
 
+/// What learns.
+#[derive(Clone, Copy)]
+enum System {
+    Experts(usize),
+    Hidden(usize),
+    Tree(usize, usize),
+}
+
+impl System {
+    fn begin(self, rng: &mut Rng) -> Box<dyn Learner> {
+        match self {
+            Self::Experts(n) => Box::new(Mixture::random([2, 4, n], Output::Logistic, DEVIATION, rng)),
+            Self::Hidden(n) => Box::new(Network::random(n, rng)),
+            Self::Tree(a, b) => Box::new(Hierarchy::random([2, 4], [a, b], Response::Classes, DEVIATION, rng)),
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Experts(n) => format!("{n} experts"),
+            Self::Hidden(n) => format!("BP {n} hidden"),
+            Self::Tree(a, b) => format!("{a} x {b}, EM"),
+        }
+    }
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let path = arguments.first().ok_or("wanted: vowels FILE.csv [RUNS]")?;
     let runs: u64 = arguments.get(1).map_or(Ok(25), |runs| runs.parse())?;
     let rows = read(path)?;
     println!("{:<14} {:>6} {:>6} {:>7} {:>5}   paper: train test epochs SD", "system", "train", "test", "epochs", "SD");
-    let paper = ["88 90 1124 23", "88 90 1083 12", "88 90 2209 83", "88 90 2435 124"];
-    let systems = [(true, 4), (true, 8), (false, 6), (false, 12)];
-    for ((mixture, size), paper) in systems.into_iter().zip(paper) {
+    let systems = [
+        (System::Experts(4), "88 90 1124 23"),
+        (System::Experts(8), "88 90 1083 12"),
+        (System::Hidden(6), "88 90 2209 83"),
+        (System::Hidden(12), "88 90 2435 124"),
+        (System::Tree(2, 2), "not in it"),
+    ];
+    for (system, paper) in systems {
         let (mut epochs, mut train, mut test, mut unfinished) = (vec![], vec![], vec![], 0);
         for seed in 0..runs {
             let mut rng = Rng::new(seed);
             let [known, unknown] = split(&rows, &mut rng)?;
-            let mut learner: Box<dyn Learner> = if mixture {
-                Box::new(Mixture::random([2, 4, size], Output::Logistic, DEVIATION, &mut rng))
-            } else {
-                Box::new(Network::random(size, &mut rng))
-            };
+            let mut learner = system.begin(&mut rng);
             let mut epoch = 0;
             while measure(&*learner, &known).0 > ENOUGH && epoch < MOST_EPOCHS {
                 learner.step(&known);
@@ -220,7 +258,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             train.push(measure(&*learner, &known).1);
             test.push(measure(&*learner, &unknown).1);
         }
-        let name = if mixture { format!("{size} experts") } else { format!("BP {size} hidden") };
+        let name = system.name();
         let ((mean, deviation), train, test) =
             (mean_and_deviation(&epochs), mean_and_deviation(&train).0, mean_and_deviation(&test).0);
         println!("{name:<14} {train:>6.1} {test:>6.1} {mean:>7.0} {deviation:>5.0}   {paper}");

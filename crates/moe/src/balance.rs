@@ -1,6 +1,6 @@
 //! Losses that keep the experts' load even and the router's scores small.
 
-use crate::Routing;
+use crate::{LoadStatistics, Routing};
 use moebius_kernels::memory::Buffer;
 use moebius_tensor::{Graph, Place, Tensor, Var};
 
@@ -9,19 +9,35 @@ use moebius_tensor::{Graph, Place, Tensor, Var};
 /// counts have no gradient. Zero without tokens.
 pub fn load_balancing_loss<'p>(g: &Graph<'p>, layers: &[&Routing]) -> Var {
     let experts = layers.first().map_or(0, |routing| routing.plan.n_experts());
-    let tokens: usize = layers.iter().map(|routing| routing.plan.n_tokens()).sum();
-    if tokens == 0 {
-        return Var::constant(Tensor::scalar(0.0));
-    }
-    let (mut counts, mut sums) = (vec![0usize; experts], vec![0f64; experts]);
+    let mut load = LoadStatistics::default();
     for routing in layers {
         assert_eq!(routing.plan.n_experts(), experts, "layers that are pooled have the same experts");
-        counts.iter_mut().zip(routing.plan.counts()).for_each(|(sum, count)| *sum += count);
+        load.add(&routing.plan);
+    }
+    loss_over(g, layers, &load)
+}
+
+/// E Σ_e f_e P_e, with f_e the choices of expert e a token in all of `load`, to which this batch may belong, and P_e its
+/// mean probability in this batch (Qiu et al. 2025, "Demons in the Detail"). The mean over batches of one size of the
+/// losses with the load of all of them is the loss of one batch made of them. Zero without tokens.
+pub fn load_balancing_loss_over<'p>(g: &Graph<'p>, layer: &Routing, load: &LoadStatistics) -> Var {
+    loss_over(g, &[layer], load)
+}
+
+fn loss_over<'p>(g: &Graph<'p>, layers: &[&Routing], load: &LoadStatistics) -> Var {
+    let experts = load.counts.len();
+    let tokens: usize = layers.iter().map(|routing| routing.plan.n_tokens()).sum();
+    if tokens == 0 || load.tokens == 0 {
+        return Var::constant(Tensor::scalar(0.0));
+    }
+    let mut sums = vec![0f64; experts];
+    for routing in layers {
         for row in routing.probabilities.data().chunks_exact(experts) {
             sums.iter_mut().zip(row).for_each(|(sum, &p)| *sum += f64::from(p));
         }
     }
-    let factor = experts as f64 / (tokens as f64 * tokens as f64);
+    let factor = experts as f64 / (load.tokens as f64 * tokens as f64);
+    let counts = &load.counts;
     let value: f64 = counts.iter().zip(&sums).map(|(&count, sum)| factor * count as f64 * sum).sum();
     let places: Vec<Place> = layers.iter().map(|routing| routing.probabilities.place()).collect();
     let slopes: Vec<f32> = counts.iter().map(|&count| (factor * count as f64) as f32).collect();
@@ -107,6 +123,24 @@ mod tests {
         let layers = [route(&one, &g, &collapsed), route(&one, &g, &other)];
         close(load_balancing_loss(&g, &[&layers[0], &layers[1]]).data(), 4.0 * 0.4);
         assert_eq!(load_balancing_loss(&g, &[]).data(), [0.0]);
+    }
+
+    #[test]
+    fn micro_batches_that_are_uneven_alone_are_even_together() {
+        let router = router(1);
+        let g = Graph::inference(Precision::F32);
+        // Expert 0 alone has the first batch, expert 1 the second: f = (1/2, 1/2, 0, 0) over both.
+        let batches = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]].map(|p| route(&router, &g, &[p; 4]));
+        let mut load = LoadStatistics::default();
+        batches.iter().for_each(|batch| load.add(&batch.plan));
+        assert_eq!((&load.counts[..], load.tokens), (&[4, 4, 0, 0][..], 8));
+        for batch in &batches {
+            close(load_balancing_loss(&g, &[batch]).data(), 2.8);
+            close(load_balancing_loss_over(&g, batch, &load).data(), 4.0 * (0.7 + 0.1) / 2.0);
+        }
+        // As of one batch of both.
+        close(load_balancing_loss(&g, &[&batches[0], &batches[1]]).data(), 4.0 * (0.7 + 0.1) / 2.0);
+        assert_eq!(load_balancing_loss_over(&g, &batches[0], &LoadStatistics::default()).data(), [0.0]);
     }
 
     #[test]

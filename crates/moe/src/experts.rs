@@ -5,7 +5,7 @@ use moebius_kernels::gates::{self, Gate};
 use moebius_kernels::gemm::{Beta, Mat, Precision, grouped_matmul, grouped_matmul_weight_gradient};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::select;
-use moebius_tensor::{Backprop, Graph, Param, Tensor, TensorError, Var};
+use moebius_tensor::{Backprop, Graph, Param, Rng, Tensor, TensorError, Var};
 use std::rc::Rc;
 
 /// `experts` networks down · act(gate · x, up · x), their weights stacked.
@@ -26,7 +26,11 @@ struct Saved {
     gate_up: Buffer<f32>,
     /// `[assignments, hidden]`
     y: Buffer<f32>,
+    dropout: Option<Dropout>,
 }
+
+/// What inner activations are multiplied with, `[assignments, width]`: 0, or 1 over the share that is kept.
+type Dropout = Buffer<f32>;
 
 /// What the experts computed on, and how their answers were weighted.
 struct Inputs {
@@ -109,7 +113,8 @@ impl ExpertBank {
         if g.is_recording() {
             self.params().into_iter().try_for_each(Param::check_trainable)?;
         }
-        let saved = self.compute(precision, x.data(), hidden, plan, weights.data());
+        let dropout = self.draw_dropout(g, plan.n_assignments());
+        let saved = self.compute(precision, [x.data(), weights.data()], hidden, plan, dropout);
         let (token_offsets, token_rows) = plan.rows_of_token();
         let mut out = Buffer::scratch(tokens * hidden);
         let ones;
@@ -129,7 +134,14 @@ impl ExpertBank {
     }
 
     /// All experts on their rows.
-    fn compute(&self, precision: Precision, x: &[f32], hidden: usize, plan: &Plan, weights: &[f32]) -> Saved {
+    fn compute(
+        &self,
+        precision: Precision,
+        [x, weights]: [&[f32]; 2],
+        hidden: usize,
+        plan: &Plan,
+        dropout: Option<Dropout>,
+    ) -> Saved {
         let (rows, width) = (plan.n_assignments(), self.width);
         let mut gate_up = Buffer::scratch(rows * 2 * width);
         if self.weighs_input {
@@ -140,11 +152,11 @@ impl ExpertBank {
         }
         let biases = self.biases.as_ref();
         biases.inspect(|[bias, _]| add_by_expert(&mut gate_up, bias.value().data(), plan.offsets(), 2 * width));
-        let inner = self.inner(&gate_up);
+        let inner = self.inner(&gate_up, dropout.as_ref());
         let mut y = Buffer::scratch(rows * hidden);
         self.down.grouped_product(precision, &inner, None, plan.offsets(), &mut y);
         biases.inspect(|[_, bias]| add_by_expert(&mut y, bias.value().data(), plan.offsets(), hidden));
-        Saved { gate_up, y }
+        Saved { gate_up, y, dropout }
     }
 
     /// What the experts read, in the plan's order, `[assignments, hidden]`.
@@ -158,17 +170,30 @@ impl ExpertBank {
         rows
     }
 
-    /// act(gate, up), `[assignments, width]`.
-    fn inner(&self, gate_up: &[f32]) -> Buffer<f32> {
+    /// act(gate, up) less what is dropped, `[assignments, width]`.
+    fn inner(&self, gate_up: &[f32], dropout: Option<&Dropout>) -> Buffer<f32> {
         let mut inner = Buffer::scratch(gate_up.len() / 2);
         gates::gated(self.gate, gate_up, self.width, &mut inner);
+        thin(&mut inner, dropout);
         inner
+    }
+
+    /// Expert dropout (Fedus et al. 2021, section 2.4): drawn anew for each step by the graph's seed and for each bank by
+    /// the place of its weights, and the same when the layer is computed again.
+    fn draw_dropout(&self, g: &Graph<'_>, rows: usize) -> Option<Dropout> {
+        let share = g.expert_dropout();
+        if share == 0.0 {
+            return None;
+        }
+        let mut rng = Rng::new(!g.seed().wrapping_add(self.gate_up.id() as u64));
+        let kept = 1.0 / (1.0 - share);
+        Some((0..rows * self.width).map(|_| if rng.uniform() < share { 0.0 } else { kept }).collect())
     }
 
     /// Each buffer goes as soon as nothing needs it: the next one often takes its memory.
     fn backward(&self, precision: Precision, dy: &[f32], inputs: &Inputs, saved: Saved, back: &mut Backprop<'_>) {
         let Inputs { x, plan, weights } = inputs;
-        let Saved { gate_up, y } = saved;
+        let Saved { gate_up, y, dropout } = saved;
         let (rows, width, hidden) = (plan.n_assignments(), self.width, self.down.shape()[1]);
         if back.wants(weights) && !self.weighs_input {
             let mut dweights = Buffer::scratch(rows);
@@ -186,7 +211,7 @@ impl ExpertBank {
         if let Some([_, bias]) = &self.biases {
             sum_by_expert(&dy_rows, plan.offsets(), hidden, back.weight_sum(bias));
         }
-        let inner = self.inner(&gate_up);
+        let inner = self.inner(&gate_up, dropout.as_ref());
         let (ddown, beta) = back.weight(&self.down);
         let dy_matrix = Mat::new(&dy_rows, rows, hidden);
         let inner_matrix = Mat::new(&inner, rows, width);
@@ -194,6 +219,7 @@ impl ExpertBank {
         let mut dinner = inner;
         grouped_matmul(dy_matrix, plan.offsets(), self.down.packed_backward(precision), &mut dinner, Beta::Overwrite);
         drop(dy_rows);
+        thin(&mut dinner, dropout.as_ref());
 
         let mut dgate_up = Buffer::scratch(rows * 2 * width);
         gates::gated_backward(self.gate, &dinner, &gate_up, width, &mut dgate_up);
@@ -233,6 +259,13 @@ impl ExpertBank {
                 }
             }
         }
+    }
+}
+
+/// Drops inner activations, or their gradients.
+fn thin(inner: &mut [f32], dropout: Option<&Dropout>) {
+    if let Some(factors) = dropout {
+        inner.iter_mut().zip(factors.iter()).for_each(|(inner, factor)| *inner *= factor);
     }
 }
 

@@ -36,6 +36,12 @@ impl<R: Router> MoeLayer<R> {
 }
 
 impl<R: RoutingMethod> MoeLayer<R> {
+    /// A layer whose weights multiply what the method says, the experts' input or their answers.
+    pub fn by(router: R, experts: ExpertBank) -> Self {
+        let experts = experts.weighing_input(router.settings().is_some_and(|settings| settings.weighs_input));
+        Self { router, experts }
+    }
+
     /// As [`MoeLayer::forward`], for every routing method: with what else the method may need to know, and with its own
     /// losses and what it dropped in the answer. A dropped token's row is zero, so that the residual carries the token.
     ///

@@ -21,7 +21,7 @@ mod router;
 pub mod routers;
 mod statistics;
 
-pub use balance::{load_balancing_loss, z_loss};
+pub use balance::{load_balancing_loss, load_balancing_loss_over, z_loss};
 pub use capacity::limit_by_sequence;
 pub use error::MoeError;
 pub use experts::ExpertBank;

@@ -8,11 +8,15 @@ use serde::{Deserialize, Serialize};
 pub struct LoadStatistics {
     /// Assignments of each expert.
     pub counts: Vec<u64>,
+    /// Tokens that were routed.
+    #[serde(default)]
+    pub tokens: u64,
 }
 
 impl LoadStatistics {
     /// Adds a plan's assignments.
     pub fn add(&mut self, plan: &Plan) {
+        self.tokens += plan.n_tokens() as u64;
         self.counts.resize(plan.n_experts(), 0);
         self.counts.iter_mut().zip(plan.counts()).for_each(|(sum, count)| *sum += count as u64);
     }
@@ -50,9 +54,9 @@ mod tests {
 
     #[test]
     fn even_and_collapsed_loads() {
-        let even = LoadStatistics { counts: vec![5; 4] };
+        let even = LoadStatistics { counts: vec![5; 4], tokens: 20 };
         assert_eq!((even.max_violation(), even.entropy(), even.dead_experts()), (0.0, 1.0, 0));
-        let collapsed = LoadStatistics { counts: vec![0, 8, 0, 0] };
+        let collapsed = LoadStatistics { counts: vec![0, 8, 0, 0], tokens: 8 };
         assert_eq!((collapsed.max_violation(), collapsed.entropy(), collapsed.dead_experts()), (3.0, 0.0, 3));
         let mut sum = LoadStatistics::default();
         sum.add(&Plan::from_choices(3, 2, &[0, 1, 1, 2]).unwrap());

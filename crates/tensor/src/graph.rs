@@ -114,6 +114,7 @@ pub struct Graph<'p> {
 pub(crate) struct GraphSettings {
     precision: Precision,
     router_precision: Precision,
+    expert_dropout: f32,
     seed: u64,
 }
 
@@ -122,7 +123,7 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 impl<'p> Graph<'p> {
     fn new(precision: Precision, training: bool, recording: bool) -> Self {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let settings = GraphSettings { precision, router_precision: Precision::F32, seed: 0 };
+        let settings = GraphSettings { precision, router_precision: Precision::F32, expert_dropout: 0.0, seed: 0 };
         Self { id, settings, training, tape: recording.then(RefCell::default) }
     }
 
@@ -136,14 +137,14 @@ impl<'p> Graph<'p> {
         Self::new(precision, true, true)
     }
 
-    /// Runs what will run again on a recording graph.
-    pub(crate) fn rehearsal(settings: GraphSettings) -> Self {
-        Self { settings, ..Self::new(settings.precision, true, false) }
+    /// Runs what will run again on a recording graph, as it will, and records nothing.
+    pub fn rehearsal(precision: Precision) -> Self {
+        Self::new(precision, true, false)
     }
 
-    /// Records what ran on a [`Graph::rehearsal`].
-    pub(crate) fn rerun(settings: GraphSettings) -> Self {
-        Self { settings, ..Self::training(settings.precision) }
+    /// The same with other settings.
+    pub(crate) fn with(self, settings: GraphSettings) -> Self {
+        Self { settings, ..self }
     }
 
     /// What a graph that computes a part of this one again must have in common with it.
@@ -174,6 +175,18 @@ impl<'p> Graph<'p> {
     /// The precision of matrix operands (accumulators are f32 always).
     pub fn precision(&self) -> Precision {
         self.settings.precision
+    }
+
+    /// The same, with this share of the experts' inner activations dropped wherever gradients are wanted.
+    #[must_use]
+    pub fn with_expert_dropout(self, share: f32) -> Self {
+        let settings = GraphSettings { expert_dropout: share, ..self.settings };
+        Self { settings, ..self }
+    }
+
+    /// The share of the experts' inner activations that is dropped: none unless training.
+    pub fn expert_dropout(&self) -> f32 {
+        if self.training { self.settings.expert_dropout } else { 0.0 }
     }
 
     /// The precision of routers' products and logits: f32 but for comparisons.

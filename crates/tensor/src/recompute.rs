@@ -27,7 +27,7 @@ impl<'p> Graph<'p> {
         if !self.is_recording() {
             return f(self, x);
         }
-        let outputs = f(&Graph::rehearsal(self.settings()), &x.detach())?;
+        let outputs = f(&Graph::rehearsal(self.precision()).with(self.settings()), &x.detach())?;
         let arrived: Arrived = Rc::new(RefCell::new(outputs.iter().map(|_| None).collect()));
         let anchor = self.anchor(x, f, arrived.clone());
         let output = |(i, y): (usize, Var)| {
@@ -45,9 +45,9 @@ impl<'p> Graph<'p> {
     /// What reached x before from elsewhere is laid under the inner gradients, not added to their sum, so that all
     /// additions happen in the order of a graph without recomputation.
     fn anchor<E>(&self, x: &Var, f: impl Fn(&Graph<'p>, &Var) -> Result<Vec<Var>, E> + 'p, arrived: Arrived) -> Place {
-        let (settings, input) = (self.settings(), x.clone());
+        let (precision, settings, input) = (self.precision(), self.settings(), x.clone());
         let entry = self.record(Tensor::scalar(0.0), move |_, back| {
-            let inner = Graph::rerun(settings);
+            let inner = Graph::training(precision).with(settings);
             let leaf = if back.wants(&input) { inner.variable(input.value().clone()) } else { input.detach() };
             let Ok(again) = f(&inner, &leaf) else { panic!("a recomputed part failed on an input it had taken") };
             let below = back.take(&input);

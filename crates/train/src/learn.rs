@@ -1,7 +1,7 @@
 //! What training asks of the model: a configuration, a loss, gradients.
 
 use moebius_kernels::parallel::with_team;
-use moebius_model::{Batch, Ffn, LossSettings, Model, ModelConfig, UniformDecoder};
+use moebius_model::{Batch, Counted, Ffn, LossSettings, Model, ModelConfig, Observer, UniformDecoder};
 use moebius_moe::{LoadStatistics, Routing};
 use moebius_tensor::{Gradients, Graph};
 
@@ -9,7 +9,7 @@ use crate::data::corpus::Windows;
 use crate::data::tokenizer::END_OF_TEXT_ID;
 use crate::evaluate::Evaluation;
 use crate::metrics::LayerLoad;
-use crate::recipe::{DepthsSection, RouterSection};
+use crate::recipe::{Activation, DepthsSection, RecipeQkNorm, RouterSection};
 use crate::{Recipe, Result};
 
 /// Rows of a batch at most whose router entropy is taken: it is a figure to watch, not worth a per cent of the step.
@@ -42,6 +42,11 @@ impl LoadCounts {
                 sum.rows += 1;
             }
         }
+    }
+
+    /// Each layer's load.
+    pub fn loads(&self) -> Vec<LoadStatistics> {
+        self.0.iter().map(|sum| sum.counts.clone()).collect()
     }
 
     /// Assignments of each expert, layer by layer.
@@ -97,12 +102,14 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
     let sparse = model.experts.zip(model.experts_per_token);
     let routing = recipe.router.as_ref().map(RouterSection::method);
     let depths = recipe.depths.as_ref().map(DepthsSection::config);
-    let is_ours = routing.is_some() || depths.is_some() || model.experts_every > 1;
+    let (gate, dense_gate) = (model.activation, model.dense_activation.unwrap_or(model.activation));
+    let is_plain = model.experts_every == 1 && gate == Activation::Silu && model.qk_norm == RecipeQkNorm::None;
+    let is_ours = routing.is_some() || depths.is_some() || !is_plain;
     let (family, ffn) = match sparse {
         Some((n_experts, top_k)) => ("mixtral", Ffn::moe_of(n_experts, top_k, model.ffn, true)),
         None => ("llama", Ffn::dense(model.ffn)),
     };
-    let family = if is_ours { "moebius" } else { family };
+    let (family, ffn) = (if is_ours { "moebius" } else { family }, ffn.with_gate(gate.into()));
     let decoder = UniformDecoder {
         family,
         vocab_size,
@@ -115,6 +122,7 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
         rope_theta: model.rope_theta,
         rms_eps: model.norm_epsilon,
         tie_embeddings: model.tied_embeddings,
+        qk_norm: model.qk_norm.into(),
         ffn,
         ..UniformDecoder::default()
     };
@@ -128,7 +136,7 @@ pub fn model_config(recipe: &Recipe, vocab_size: usize) -> ModelConfig {
     };
     for (index, layer) in config.layers.iter_mut().enumerate() {
         if sparse.is_some() && !(index + 1).is_multiple_of(model.experts_every) {
-            layer.ffn = Ffn::dense(model.dense_ffn.unwrap_or(model.ffn));
+            layer.ffn = Ffn::dense(model.dense_ffn.unwrap_or(model.ffn)).with_gate(dense_gate.into());
         }
     }
     config
@@ -150,6 +158,34 @@ pub fn measure(model: &Model, windows: &Windows, what: &Evaluation, load: &mut L
     Ok(f64::from(loss.cross_entropy))
 }
 
+/// What the routers of a micro-batch will decide in [`gradients`], added to `load`.
+///
+/// # Errors
+/// The model's.
+pub fn count(model: &Model, windows: &Windows, recipe: &Recipe, seed: u64, load: &mut LoadCounts) -> Result<()> {
+    let graph = set_up(Graph::rehearsal(recipe.train.precision.into()), recipe, seed);
+    let mut routers = Routers::default();
+    with_team(|| model.forward(&graph, &batch_of(windows), None, &mut routers))?;
+    load.add(&routers.0);
+    Ok(())
+}
+
+/// Keeps what all layers' routers decide.
+#[derive(Default)]
+struct Routers(Vec<Routing>);
+
+impl Observer for Routers {
+    fn routing(&mut self, _: usize, routing: &Routing) {
+        self.0.push(routing.clone());
+    }
+}
+
+/// A graph as the recipe has it in training.
+fn set_up<'p>(graph: Graph<'p>, recipe: &Recipe, seed: u64) -> Graph<'p> {
+    let train = &recipe.train;
+    graph.with_routers_in(train.router_precision.into()).with_expert_dropout(train.expert_dropout as f32).seeded(seed)
+}
+
 /// The losses of one micro-batch; adds their gradient to `gradients`. `seed` decides what routers draw by lot.
 ///
 /// # Errors
@@ -160,15 +196,16 @@ pub fn gradients(
     recipe: &Recipe,
     seed: u64,
     gradients: &mut Gradients,
+    counted: Counted<'_>,
     load: &mut LoadCounts,
 ) -> Result<Losses> {
     let settings = LossSettings {
+        counted,
         balance_coefficient: recipe.balance.load_balancing as f32,
         z_coefficient: recipe.balance.z as f32,
         recompute: recipe.train.checkpoint_activations,
     };
-    let train = &recipe.train;
-    let graph = Graph::training(train.precision.into()).with_routers_in(train.router_precision.into()).seeded(seed);
+    let graph = set_up(Graph::training(recipe.train.precision.into()), recipe, seed);
     let batch = batch_of(windows);
     let loss = with_team(|| -> Result<_> {
         let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;

@@ -24,6 +24,7 @@ pub mod digest;
 mod error;
 pub mod evaluate;
 mod files;
+mod hash_tables;
 pub mod learn;
 pub mod metrics;
 pub mod model_folder;

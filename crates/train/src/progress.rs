@@ -56,6 +56,8 @@ pub enum Event<'a> {
         step: u64,
         /// The model's folder.
         path: &'a Path,
+        /// Why it is in our own layout, if no published family can express it.
+        own_layout: Option<&'a str>,
     },
 }
 

@@ -108,6 +108,10 @@ fn recomputed_activations_change_no_bit() {
     let rounded = after("checkpoint_activations = false\nrouter_precision = 'bf16'");
     assert!(rounded != kept);
     assert!(rounded == after("checkpoint_activations = true\nrouter_precision = 'bf16'"));
+    // So are experts with dropout: what was dropped is dropped again.
+    let dropped = after("checkpoint_activations = false\nexpert_dropout = 0.4");
+    assert!(dropped != kept);
+    assert!(dropped == after("checkpoint_activations = true\nexpert_dropout = 0.4"));
 }
 
 /// A small text whose windows are all alike: every micro-batch is the same, and the mean over them is each of them.
@@ -146,4 +150,34 @@ fn accumulating_halves_is_nearly_the_whole() {
     let halves = after(&[("accumulation = 1", "accumulation = 2"), ("sequences = 4", "sequences = 2")]);
     assert!((whole.0 - halves.0).abs() < 1e-5, "{whole:?} {halves:?}");
     assert!((whole.1 - halves.1).abs() < 1e-4 * whole.1, "{whole:?} {halves:?}");
+}
+
+/// The balance loss over a whole step is the same however its sequences are cut into micro-batches, and so is its
+/// gradient; that of each micro-batch by itself is not, and over those so far it is nearly so.
+#[test]
+fn a_steps_balance_loss_does_not_depend_on_its_micro_batches() {
+    let workshop = Workshop::new();
+    let after = |over: &str, accumulation: usize| {
+        let recipe = workshop.recipe(&[
+            ("precision = 'bf16'", "precision = 'f32'"),
+            ("load_balancing = 0.01\nz = 0.001", &format!("load_balancing = 1\nz = 0.001\nover = '{over}'")),
+            ("accumulation = 1", &format!("accumulation = {accumulation}")),
+            ("sequences = 4", &format!("sequences = {}", 4 / accumulation)),
+        ]);
+        let mut trainer = workshop.trainer(&recipe, "run", Start::Force);
+        let record = trainer.step().unwrap();
+        (record.balance_loss, record.gradient_norm)
+    };
+    let whole = after("step", 1);
+    assert!(whole == after("micro_batch", 1) && whole == after("so_far", 1));
+    let distance = |over: &str, accumulation: usize| {
+        let (loss, norm) = after(over, accumulation);
+        ((loss - whole.0).abs(), (norm - whole.1).abs() / whole.1)
+    };
+    for accumulation in [2, 4] {
+        let (loss, norm) = distance("step", accumulation);
+        assert!(loss < 1e-5 && norm < 1e-4, "{accumulation}: {loss} {norm}");
+        let [alone, so_far] = ["micro_batch", "so_far"].map(|over| distance(over, accumulation).0);
+        assert!(alone > 1e-4 && so_far > 1e-5, "{accumulation}: {alone} {so_far}");
+    }
 }

@@ -7,14 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::{Workshop, bits, metrics};
 use moebius_kernels::attention::CacheFormat;
 use moebius_kernels::gemm::Precision;
+use moebius_model::config::Gate;
 use moebius_model::{Batch, Checkpoint, KvCache, Model, Silent as Unobserved};
 use moebius_moe::routers::ALL;
 use moebius_tensor::Graph;
-use moebius_train::{Event, Recipe, Start, Trainer};
+use moebius_train::{Event, Recipe, Silent, Start, Trainer};
 
 /// A method, the experts of a token, its options.
 const METHODS: &[(&str, usize, &str)] = &[
     ("top_k", 2, "balance = 0.01\nz = 0.001"),
+    ("top_k", 1, "score = 'sigmoid_of_chosen'\nweighs_input = true"),
     ("noisy_top_k", 2, ""),
     ("hierarchical", 2, "groups = 2\ngroups_per_token = 1"),
     ("switch", 1, "capacity_factor = 1.0"),
@@ -22,6 +24,7 @@ const METHODS: &[(&str, usize, &str)] = &[
     ("vision", 2, ""),
     ("expert_choice", 2, "allow_future_leak = true"),
     ("hash", 1, "table = 'balanced'"),
+    ("hash", 1, "table = 'counted'"),
     ("base", 1, "allow_future_leak = true"),
     ("sinkhorn", 2, "allow_future_leak = true"),
     ("loss_free", 2, "rate = 0.01\nscale = 2.5"),
@@ -46,6 +49,15 @@ fn run_until(trainer: &mut Trainer, stop_at: u64) {
         }
     };
     trainer.run(&stop, &mut watch).expect("steps");
+}
+
+fn load(folder: &std::path::Path) -> Model {
+    Model::load(&Checkpoint::open(folder).unwrap()).unwrap()
+}
+
+fn hidden(model: &Model) -> Vec<f32> {
+    let (graph, batch) = (Graph::inference(Precision::F32), Batch::of_sequences(&[[5_u32, 9, 200, 31]]));
+    model.forward(&graph, &batch, None, &mut Unobserved).unwrap().data().to_vec()
 }
 
 #[test]
@@ -84,13 +96,8 @@ fn every_method_learns_resumes_and_is_read_again() {
         assert!(bits(&second) == bits(&unbroken), "{name}");
         assert_eq!(metrics(&workshop.path("broken")), log, "{name}");
 
-        let checkpoint = Checkpoint::open(&workshop.path("unbroken/checkpoints/step-12")).expect(name);
-        let loaded = Model::load(&checkpoint).expect(name);
+        let loaded = load(&workshop.path("unbroken/checkpoints/step-12"));
         assert_eq!(loaded.config, unbroken.model().config);
-        let hidden = |model: &Model| {
-            let (graph, batch) = (Graph::inference(Precision::F32), Batch::of_sequences(&[[5_u32, 9, 200, 31]]));
-            model.forward(&graph, &batch, None, &mut Unobserved).unwrap().data().to_vec()
-        };
         assert!(hidden(&loaded) == hidden(unbroken.model()), "{name}");
     }
 }
@@ -143,13 +150,120 @@ fn some_tokens_go_around() {
 #[test]
 fn dense_layers_between() {
     let workshop = Workshop::new();
-    let recipe = workshop.recipe(&[("experts = 4", "experts = 4\nexperts_every = 2\ndense_ffn = 40")]);
+    let glam = "experts = 4\nexperts_every = 2\ndense_ffn = 40\ndense_activation = 'gelu'";
+    let recipe = workshop.recipe(&[("experts = 4", glam)]);
     let mut trainer = workshop.trainer(&recipe, "run", Start::Fresh);
     run_until(&mut trainer, u64::MAX);
     let config = &trainer.model().config;
     assert_eq!((config.layers[0].ffn.width(), config.layers[1].ffn.width()), (40, 24));
-    let loaded = Model::load(&Checkpoint::open(&workshop.path("run/model")).unwrap()).unwrap();
+    assert_eq!((config.dense().unwrap().gate, config.moe().unwrap().gate), (Gate::GeluTanh, Gate::Silu));
+    let loaded = load(&workshop.path("run/model"));
     assert_eq!(&loaded.config, config);
+    assert!(hidden(&loaded) == hidden(trainer.model()));
+}
+
+/// All networks may have another non-linearity; no family is written so.
+#[test]
+fn geglu_everywhere() {
+    let gelu = ("ffn = 24", "ffn = 24\nactivation = 'gelu'");
+    let dense = [("experts = 4\nexperts_per_token = 2\n", ""), ("[balance]\nload_balancing = 0.01\nz = 0.001\n", "")];
+    for changes in [vec![gelu], vec![gelu, dense[0], dense[1]]] {
+        let workshop = Workshop::new();
+        let recipe = workshop.recipe(&changes);
+        let (trainer, reason) = run_and_export(&workshop, &recipe);
+        assert_eq!(reason.as_deref(), Some("GEGLU: families are written with SwiGLU only"));
+        let loaded = load(&workshop.path("run/model"));
+        assert_eq!(loaded.config, trainer.model().config);
+        assert!(hidden(&loaded) == hidden(trainer.model()));
+    }
+}
+
+/// Runs a recipe to its end; the trainer, and why the model is in our own layout.
+fn run_and_export(workshop: &Workshop, recipe: &Recipe) -> (Trainer, Option<String>) {
+    let (mut trainer, mut reason) = (workshop.trainer(recipe, "run", Start::Force), None);
+    let mut watch = |event: &Event<'_>| {
+        if let Event::Exported { own_layout, .. } = event {
+            reason = own_layout.map(str::to_owned);
+        }
+    };
+    trainer.run(&AtomicBool::new(false), &mut watch).expect("steps");
+    (trainer, reason)
+}
+
+/// What Mixtral can express is written in its layout, the same model to the bit; of the rest it is said why not.
+#[test]
+fn the_model_is_written_as_a_published_family_where_one_has_it() {
+    let raw = "renormalise = false";
+    for (name, top_k, options, model, wanted) in [
+        ("top_k", 2, "z = 0.001", "", Ok("mixtral")),
+        ("top_k", 2, raw, "qk_norm = 'projection'", Ok("olmoe")),
+        ("top_k", 1, raw, "qk_norm = 'head'\nexperts_every = 2", Ok("qwen3_moe")),
+        ("loss_free", 2, "groups = 4\ngroups_per_token = 2\nscale = 2.5", "", Ok("glm4_moe")),
+        ("top_k", 1, raw, "", Err("raw softmax weights without normed queries and keys: olmoe ")),
+        ("hash", 1, "", "", Err("the router `hash`: no published family has it")),
+    ] {
+        let workshop = Workshop::new();
+        let ffn = format!("ffn = 24\n{model}");
+        let text = recipe(&workshop, name, top_k, options).text().replacen("ffn = 24", &ffn, 1);
+        let recipe = Recipe::parse("workshop.toml", &workshop.path(""), &text).unwrap();
+        let (trainer, reason) = run_and_export(&workshop, &recipe);
+        let loaded = load(&workshop.path("run/model"));
+        match wanted {
+            Ok(family) => assert_eq!((loaded.config.family.as_str(), reason), (family, None)),
+            Err(wanted) => {
+                assert_eq!(loaded.config, trainer.model().config);
+                assert!(reason.is_some_and(|reason| reason.starts_with(wanted)), "{name}");
+            }
+        }
+        assert!(hidden(&loaded) == hidden(trainer.model()), "{name}");
+    }
+}
+
+/// Tables of a hash router from another model's embeddings: like ids together, or apart.
+#[test]
+fn hash_tables_come_of_embeddings() {
+    let workshop = Workshop::new();
+    let teacher = workshop.recipe(&[("steps = 12", "steps = 4"), ("save_every = 5", "save_every = 4")]);
+    let mut trainer = workshop.trainer(&teacher, "teacher", Start::Fresh);
+    run_until(&mut trainer, u64::MAX);
+    let of = |table: &str| {
+        let recipe = recipe(&workshop, "hash", 1, &format!("table = '{table}'\nembeddings = 'teacher/model'"));
+        workshop.trainer(&recipe, "run", Start::Force)
+    };
+    let [clustered, dispersed] = ["clustered", "dispersed"].map(|table| {
+        let mut trainer = of(table);
+        let tables = |trainer: &Trainer| -> Vec<Vec<f32>> {
+            let params = trainer.model().params();
+            let tables = params.iter().filter(|param| param.name().ends_with(".table"));
+            tables.map(|param| param.value().data().to_vec()).collect()
+        };
+        let before = tables(&trainer);
+        assert_eq!((before.len(), &before[0]), (2, &before[1]));
+        trainer.step().unwrap();
+        assert_eq!(tables(&trainer), before, "no step moves a table");
+        before[0].clone()
+    });
+    let counts = |table: &[f32]| (0..8).map(|e| table.iter().filter(|&&t| t == e as f32).count()).collect::<Vec<_>>();
+    assert_eq!(counts(&dispersed), vec![35; 8]);
+    assert!(counts(&clustered) != counts(&dispersed) && counts(&clustered).iter().sum::<usize>() == 280);
+    // Each cluster is dealt out evenly.
+    for cluster in 0..8 {
+        let dealt = (0..280).filter(|&id| clustered[id] == cluster as f32).map(|id| dispersed[id] as usize);
+        let mut members = [0_usize; 8];
+        dealt.for_each(|expert| members[expert] += 1);
+        assert!(members.iter().max().unwrap() - members.iter().min().unwrap() <= 1, "{members:?}");
+    }
+
+    let other = workshop.recipe(&[
+        ("vocab_size = 280", "vocab_size = 270"),
+        ("experts_per_token = 2", "experts_per_token = 1"),
+        (
+            "[balance]\nload_balancing = 0.01\nz = 0.001\n",
+            "[router]\nname = 'hash'\ntable = 'clustered'\nembeddings = 'teacher/model'\n",
+        ),
+    ]);
+    let error = Trainer::prepare(other, &workshop.path("other"), Start::Fresh, &mut Silent).err().unwrap().to_string();
+    assert!(error.ends_with("router.embeddings: wanted a model of 270 tokens as here, found 280"), "{error}");
 }
 
 #[test]
@@ -175,6 +289,16 @@ fn wrong_combinations_are_refused_on_their_line() {
         (1, "name = 'switch'\njiter = 0.1", "20: router.jiter: wanted an option that this router has"),
         (1, "name = 'soft'", "19: router.name: wanted one of top_k"),
         (1, "jitter = 0.1", "18: router.name: wanted one of top_k"),
+        (2, "name = 'switch'", "19: router.name: router switch: wanted 1 choices a token"),
+        (2, "name = 'hash'\ntable = 'counted'", "19: router.name: router hash: wanted 1 choice a token of at most 256"),
+        (1, "name = 'hash'\ntable = 'clustered'", "18: router.embeddings: wanted the folder of a trained model"),
+        (1, "name = 'hash'\nembeddings = 'x'", "20: router.embeddings: wanted no such key"),
+        (1, "name = 'hash'\ntable = 'clustered'\nembeddings = 3", "21: router.embeddings: wanted the folder"),
+        (1, "name = 'switch'\ncapacity_factor = 0.005", "20: router.capacity_factor: wanted at least 800 tokens"),
+        (1, "name = 'sinkhorn'", "19: router.name: router sinkhorn: a token's experts depend on later tokens"),
+        (2, "name = 'vision'\nbatch_priority = true", "19: router.name: router vision: "),
+        (1, "name = 'loss_free'", "7: model.experts_per_token: top-1 routing with renormalised weights"),
+        (1, "name = 'noisy_top_k'", "7: model.experts_per_token: top-1 routing with renormalised weights"),
         (1, "name = 3", "19: router.name: wanted one of top_k"),
     ] {
         let error = Recipe::parse("r.toml", "".as_ref(), &text(top_k, router)).expect_err(wanted).to_string();

@@ -173,8 +173,11 @@ impl Progress for Display {
             }
             Event::EarlyStop { step } => line(&format!("step {step}: validation no longer improves: the run ends")),
             Event::Saved { step, path } => line(&format!("step {step}: saved {}", path.display())),
-            Event::Exported { step, path } => {
+            Event::Exported { step, path, own_layout } => {
                 line(&format!("the weights of step {step} are the model in {}", path.display()));
+                if let Some(reason) = own_layout {
+                    line(&format!("it is in our own layout, model_type moebius: {reason}"));
+                }
             }
             _ => {}
         }

@@ -65,6 +65,15 @@ impl Ffn {
         Self::Moe(MoeFfn { n_experts, width, gate: Gate::Silu, bias: false, router, shared, output_bias: false })
     }
 
+    /// With another non-linearity.
+    #[must_use]
+    pub fn with_gate(self, gate: Gate) -> Self {
+        match self {
+            Self::Dense(dense) => Self::Dense(DenseFfn { gate, ..dense }),
+            Self::Moe(moe) => Self::Moe(MoeFfn { gate, ..moe }),
+        }
+    }
+
     /// The experts, if it has some.
     pub fn moe(&self) -> Option<&MoeFfn> {
         match self {

@@ -29,6 +29,7 @@ mod mixtral;
 mod moebius;
 mod olmoe;
 mod phimoe;
+mod published;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
@@ -43,9 +44,11 @@ mod tensors;
 use crate::{ModelConfig, ModelError};
 pub(crate) use keys::Keys;
 pub(crate) use layout::Layout;
+pub use published::published;
 use serde_json::{Map, Value};
 pub(crate) use tensor_map::group_by_file;
 pub use tensor_map::{TensorMap, View};
+pub(crate) use tensors::{matrix, norm, part, vector};
 
 /// One published family.
 #[derive(Clone, Copy)]

@@ -4,18 +4,21 @@
 use super::keys::Keys;
 use super::tensors::{self, Names};
 use super::{Family, TensorMap, shared};
-use crate::config::{DepthSampler, DepthsConfig, MoeFfn};
-use crate::{Ffn, ModelConfig, ModelError, methods};
+use crate::config::{DepthSampler, DepthsConfig, Gate, MoeFfn};
+use crate::{Ffn, ModelConfig, ModelError, QkNorm, methods};
 use moebius_moe::routers::MethodConfig;
 use serde_json::{Map, Value, json};
 
 pub(super) const FAMILY: Family =
     Family { name: "moebius", model_types: &["moebius"], architecture: "MoebiusForCausalLM", read, write, tensors };
 
-const DEFAULTS: shared::Defaults = shared::Defaults { rms_eps: 1e-5, ..shared::Defaults::LLAMA };
+const DEFAULTS: shared::Defaults =
+    shared::Defaults { rms_eps: 1e-5, understood: &["hidden_act"], ..shared::Defaults::LLAMA };
 
 fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
-    let dense = Ffn::dense(keys.size("intermediate_size")?);
+    let gate = read_gate(keys, "hidden_act", Gate::Silu)?;
+    let dense_gate = read_gate(keys, "dense_hidden_act", gate)?;
+    let dense = Ffn::dense(keys.size("intermediate_size")?).with_gate(dense_gate);
     let every = keys.size("decoder_sparse_step")?;
     if every == 0 {
         return Err(keys.error("decoder_sparse_step", "wanted at least 1, found 0"));
@@ -23,12 +26,14 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
     let mut sparse = dense;
     if keys.has("num_experts") {
         let (n_experts, top_k) = (keys.size("num_experts")?, keys.size("num_experts_per_tok")?);
-        sparse = Ffn::moe_of(n_experts, top_k, keys.size("moe_intermediate_size")?, true);
+        sparse = Ffn::moe_of(n_experts, top_k, keys.size("moe_intermediate_size")?, true).with_gate(gate);
     }
     let mut config = shared::read(keys, FAMILY.name, dense, None, &DEFAULTS)?;
     for (index, layer) in config.layers.iter_mut().enumerate() {
         layer.ffn = if (index + 1).is_multiple_of(every) { sparse } else { dense };
     }
+    let qk_norm = read_norm(keys)?;
+    config = shared::with_attention(config, |attention| attention.qk_norm = qk_norm);
     config.depths = keys.object("depths")?.map(|depths| read_depths(&depths)).transpose()?;
     config.routing = match keys.get("router") {
         None => None,
@@ -41,6 +46,35 @@ fn read(keys: &Keys) -> Result<ModelConfig, ModelError> {
         }
     };
     Ok(ModelConfig { router_aux_loss_coef: keys.number("router_aux_loss_coef", 0.0)?, ..config })
+}
+
+/// What `config.json` calls a non-linearity.
+const GATES: [(&str, Gate); 2] = [("silu", Gate::Silu), ("gelu_pytorch_tanh", Gate::GeluTanh)];
+
+/// What `config.json` calls the norm of queries and keys.
+const NORMS: [(&str, QkNorm); 3] = [("none", QkNorm::None), ("head", QkNorm::Head), ("projection", QkNorm::Projection)];
+
+fn read_norm(keys: &Keys) -> Result<QkNorm, ModelError> {
+    if !keys.has("qk_norm") {
+        return Ok(QkNorm::None);
+    }
+    let name = keys.text("qk_norm")?;
+    let found = NORMS.iter().find(|(known, _)| *known == name).map(|(_, norm)| *norm);
+    found.ok_or_else(|| keys.error("qk_norm", format!("wanted none, head or projection, found {name:?}")))
+}
+
+fn read_gate(keys: &Keys, key: &str, default: Gate) -> Result<Gate, ModelError> {
+    if !keys.has(key) {
+        return Ok(default);
+    }
+    let name = keys.text(key)?;
+    let found = GATES.iter().find(|(known, _)| *known == name).map(|(_, gate)| *gate);
+    found.ok_or_else(|| keys.error(key, format!("wanted silu or gelu_pytorch_tanh, found {name:?}")))
+}
+
+/// The name of a gate; recipes make no others.
+fn gate_name(gate: Gate) -> &'static str {
+    GATES.iter().find(|(_, known)| *known == gate).map_or("silu", |(name, _)| name)
 }
 
 fn read_depths(keys: &Keys) -> Result<DepthsConfig, ModelError> {
@@ -76,6 +110,14 @@ fn write(config: &ModelConfig) -> Map<String, Value> {
     let every = config.layers.iter().position(|layer| layer.ffn.moe().is_some()).map_or(1, |first| first + 1);
     map.insert("decoder_sparse_step".into(), every.into());
     map.insert("intermediate_size".into(), config.dense().map_or(config.layers[0].ffn.width(), |d| d.width).into());
+    let norm = shared::attention(config).qk_norm;
+    let norm = NORMS.iter().find(|(_, known)| *known == norm).map_or("none", |(name, _)| name);
+    map.insert("qk_norm".into(), norm.into());
+    let gates = [config.moe().map(|moe| moe.gate), config.dense().map(|dense| dense.gate)];
+    map.insert("hidden_act".into(), gates.iter().flatten().next().map_or("silu", |&gate| gate_name(gate)).into());
+    if let [Some(_), Some(gate)] = gates {
+        map.insert("dense_hidden_act".into(), gate_name(gate).into());
+    }
     if let Some(moe) = config.moe() {
         map.insert("num_experts".into(), moe.n_experts.into());
         map.insert("num_experts_per_tok".into(), moe.router.top_k.into());

@@ -330,7 +330,7 @@ fn latent_tensors(config: &LatentConfig, hidden: usize, theirs: &str, ours: &str
 }
 
 /// The tensors of a norm of the residual stream.
-pub(super) fn norm(config: &ModelConfig, theirs: &str, ours: &str) -> Vec<TensorMap> {
+pub(crate) fn norm(config: &ModelConfig, theirs: &str, ours: &str) -> Vec<TensorMap> {
     let mut all = vec![vector(&format!("{theirs}.weight"), ours, config.hidden)];
     if matches!(config.norm, Norm::Layer { bias: true, .. }) {
         all.push(vector(&format!("{theirs}.bias"), &format!("{ours}_bias"), config.hidden));
@@ -349,16 +349,16 @@ pub(super) fn network(width: usize, hidden: usize, theirs: &str, ours: &str) -> 
 }
 
 /// A whole matrix.
-pub(super) fn matrix(theirs: &str, ours: &str, rows: usize, cols: usize) -> TensorMap {
+pub(crate) fn matrix(theirs: &str, ours: &str, rows: usize, cols: usize) -> TensorMap {
     part(theirs, ours, 0, rows, cols)
 }
 
 /// `rows` rows of a (stack of) matrices, from row `first` on.
-pub(super) fn part(theirs: &str, ours: &str, first: usize, rows: usize, cols: usize) -> TensorMap {
+pub(crate) fn part(theirs: &str, ours: &str, first: usize, rows: usize, cols: usize) -> TensorMap {
     TensorMap::whole(format!("{theirs}.weight"), &[rows, cols], ours, first..first + rows)
 }
 
 /// A vector under its whole name.
-pub(super) fn vector(theirs: &str, ours: &str, len: usize) -> TensorMap {
+pub(crate) fn vector(theirs: &str, ours: &str, len: usize) -> TensorMap {
     TensorMap::whole(theirs, &[len], ours, 0..1)
 }

@@ -1,11 +1,12 @@
-//! What llama.cpp calls an architecture, as data: its keys beside those of `config.json`, its tensors beside those of
-//! Hugging Face's checkpoints. The families read what comes out, so that what they refuse is refused here too.
+//! What llama.cpp calls an architecture, as data: its keys beside those of `config.json`, and how its tensors differ from
+//! those of its relatives. The families read what comes out, so that what they refuse is refused here too.
 //!
-//! Sources: llama.cpp, `gguf-py/gguf/constants.py`, `gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`.
+//! Sources: llama.cpp, `gguf-py/gguf/constants.py`, `gguf-py/gguf/tensor_mapping.py`, `conversion/` and `src/models/`.
 
-use super::GgufFile;
-use crate::{ModelConfig, ModelError, families};
-use serde_json::{Map, Value, json};
+use super::config::Kind::{self, Flag, Number, OptionalNumber, OptionalWhole, Whole};
+use super::config::Reading;
+use crate::ModelError;
+use serde_json::json;
 
 /// One architecture.
 #[derive(Debug)]
@@ -13,137 +14,272 @@ pub(super) struct Architecture {
     /// Its name, with which its keys begin.
     pub(super) name: &'static str,
     /// The families of its models without experts; the first is taken when reading.
-    dense: &'static [&'static str],
-    /// The families of its models with experts.
-    sparse: &'static [&'static str],
-    /// Whether rows of queries and keys that are rotated together stand side by side (2i, 2i + 1), not half a head
-    /// apart.
-    interleaved: bool,
-    /// Keys of `config.json` that its models with experts have beside [`KEYS`].
-    sparse_keys: &'static [(&'static str, &'static str)],
-    /// What `config.json` would say besides, for models with experts.
-    renormalise: Option<bool>,
+    pub(super) dense: &'static [&'static str],
+    /// The families of its models with experts; the first is taken, or what `adjust` says.
+    pub(super) sparse: &'static [&'static str],
+    /// Whether features that turn together stand side by side (2i, 2i + 1), not half a head apart.
+    pub(super) interleaved: bool,
+    /// Keys of `config.json` by those of the file, behind the architecture's name.
+    pub(super) keys: &'static [Key],
+    /// What `config.json` would say besides, as JSON.
+    pub(super) says: &'static str,
+    /// Flags of `config.json` that are true if a tensor is there.
+    pub(super) flags: &'static [(&'static str, &'static str)],
+    /// What `config.json` would say besides of positions that YaRN stretches, as JSON.
+    pub(super) yarn: &'static str,
+    /// What its norms are called: before and after the mixer, before and after the feed-forward part.
+    pub(super) norms: [&'static str; 4],
+    /// Whether queries, keys and values are one tensor.
+    pub(super) joined: bool,
+    /// Whether logits are multiplied with `logit_scale`; others that have it divide by it.
+    pub(super) multiplies_logits: bool,
+    /// What no table says.
+    pub(super) adjust: fn(&mut Reading) -> Result<(), ModelError>,
 }
 
-static ARCHITECTURES: [Architecture; 5] = [
+/// Behind the architecture's name, in `config.json` (with points where objects are inside each other), and its kind.
+pub(super) type Key = (&'static str, &'static str, Kind);
+
+const NORMS: [&str; 4] = ["attn_norm", "", "ffn_norm", ""];
+const NORMS_POST: [&str; 4] = ["attn_norm", "", "post_attention_norm", ""];
+
+/// The fields that most have.
+const PLAIN: Architecture = Architecture {
+    name: "",
+    dense: &[],
+    sparse: &[],
+    interleaved: false,
+    keys: &[],
+    says: "{}",
+    flags: &[],
+    yarn: "{}",
+    norms: NORMS,
+    joined: false,
+    multiplies_logits: false,
+    adjust: |_| Ok(()),
+};
+
+const WIDTH: Key = ("feed_forward_length", "intermediate_size", Whole);
+const USED: Key = ("expert_used_count", "num_experts_per_tok", Whole);
+const EXPERT_WIDTH: Key = ("expert_feed_forward_length", "moe_intermediate_size", Whole);
+/// Experts of Mixtral's kind.
+const LOCAL: [Key; 2] = [("expert_count", "num_local_experts", Whole), USED];
+/// Experts of DeepSeek-V3's kind.
+const DEEPSEEK: [Key; 11] = [
+    WIDTH,
+    USED,
+    EXPERT_WIDTH,
+    ("expert_count", "n_routed_experts", Whole),
+    ("expert_shared_count", "n_shared_experts", OptionalWhole),
+    ("expert_weights_scale", "routed_scaling_factor", OptionalNumber),
+    ("expert_weights_norm", "norm_topk_prob", Flag),
+    ("expert_gating_func", "", OptionalWhole),
+    ("expert_group_count", "n_group", OptionalWhole),
+    ("expert_group_used_count", "topk_group", OptionalWhole),
+    ("leading_dense_block_count", "first_k_dense_replace", OptionalWhole),
+];
+
+/// All architectures.
+pub(super) static ARCHITECTURES: [Architecture; 18] = [
     Architecture {
         name: "llama",
         dense: &["llama", "mistral"],
         sparse: &["mixtral"],
         interleaved: true,
-        sparse_keys: &[("expert_count", "num_local_experts"), ("feed_forward_length", "intermediate_size")],
-        renormalise: None,
+        keys: &[LOCAL[0], LOCAL[1], WIDTH],
+        ..PLAIN
     },
+    Architecture { name: "qwen2", dense: &["qwen2"], keys: &[WIDTH], ..PLAIN },
+    Architecture { name: "qwen3", dense: &["qwen3"], keys: &[WIDTH], ..PLAIN },
     Architecture {
-        name: "qwen2",
-        dense: &["qwen2"],
-        sparse: &[],
-        interleaved: false,
-        sparse_keys: &[],
-        renormalise: None,
-    },
-    Architecture {
-        name: "qwen3",
-        dense: &["qwen3"],
-        sparse: &[],
-        interleaved: false,
-        sparse_keys: &[],
-        renormalise: None,
+        name: "qwen2moe",
+        sparse: &["qwen2_moe"],
+        keys: &[
+            ("expert_count", "num_experts", Whole),
+            USED,
+            EXPERT_WIDTH,
+            ("expert_shared_feed_forward_length", "shared_expert_intermediate_size", Whole),
+        ],
+        says: r#"{"norm_topk_prob": false}"#,
+        flags: &[("qkv_bias", "blk.0.attn_q.bias")],
+        ..PLAIN
     },
     Architecture {
         name: "qwen3moe",
-        dense: &[],
         sparse: &["qwen3_moe"],
-        interleaved: false,
-        sparse_keys: &[
-            ("expert_count", "num_experts"),
-            ("expert_feed_forward_length", "moe_intermediate_size"),
-            ("feed_forward_length", "intermediate_size"),
-        ],
-        renormalise: Some(true),
+        keys: &[("expert_count", "num_experts", Whole), USED, EXPERT_WIDTH, WIDTH],
+        says: r#"{"norm_topk_prob": true}"#,
+        ..PLAIN
     },
     Architecture {
         name: "olmoe",
-        dense: &[],
         sparse: &["olmoe"],
-        interleaved: false,
-        sparse_keys: &[("expert_count", "num_experts"), ("feed_forward_length", "intermediate_size")],
-        renormalise: Some(false),
+        keys: &[("expert_count", "num_experts", Whole), USED, WIDTH],
+        says: r#"{"norm_topk_prob": false}"#,
+        ..PLAIN
+    },
+    Architecture {
+        name: "deepseek2",
+        sparse: &["deepseek_v2", "deepseek_v3", "glm4_moe_lite"],
+        interleaved: true,
+        keys: &DEEPSEEK,
+        adjust: adjust_deepseek2,
+        ..PLAIN
+    },
+    Architecture {
+        name: "glm4moe",
+        sparse: &["glm4_moe"],
+        keys: &DEEPSEEK,
+        flags: &[("attention_bias", "blk.0.attn_q.bias"), ("use_qk_norm", "blk.0.attn_q_norm.weight")],
+        norms: NORMS_POST,
+        adjust: |reading| adjust_sigmoid(reading, true),
+        ..PLAIN
+    },
+    Architecture {
+        name: "dots1",
+        sparse: &["dots1"],
+        keys: &DEEPSEEK,
+        says: r#"{"sliding_window": null}"#,
+        adjust: |reading| adjust_sigmoid(reading, false),
+        ..PLAIN
+    },
+    Architecture {
+        name: "ernie4_5-moe",
+        sparse: &["ernie4_5_moe"],
+        interleaved: true,
+        keys: &[
+            WIDTH,
+            EXPERT_WIDTH,
+            ("expert_count", "moe_num_experts", Whole),
+            ("expert_used_count", "moe_k", Whole),
+            ("expert_shared_count", "moe_num_shared_experts", Whole),
+            ("expert_shared_feed_forward_length", "", OptionalWhole),
+            ("leading_dense_block_count", "moe_layer_start_index", Whole),
+            ("interleave_moe_layer_step", "moe_layer_interval", Whole),
+        ],
+        says: r#"{"moe_layer_end_index": -1}"#,
+        ..PLAIN
+    },
+    Architecture {
+        name: "hunyuan-moe",
+        sparse: &["hunyuan_v1_moe"],
+        keys: &[
+            EXPERT_WIDTH,
+            ("expert_count", "num_experts", Whole),
+            ("expert_used_count", "moe_topk", Whole),
+            ("expert_shared_count", "num_shared_expert", OptionalWhole),
+            ("expert_shared_feed_forward_length", "intermediate_size", Whole),
+        ],
+        ..PLAIN
+    },
+    Architecture {
+        name: "minimax-m2",
+        sparse: &["minimax_m2"],
+        keys: &[
+            LOCAL[0],
+            LOCAL[1],
+            ("expert_feed_forward_length", "intermediate_size", Whole),
+            ("expert_gating_func", "", OptionalWhole),
+        ],
+        adjust: |reading| adjust_sigmoid(reading, false),
+        ..PLAIN
+    },
+    Architecture {
+        name: "granitemoe",
+        sparse: &["granitemoe", "granitemoeshared"],
+        interleaved: true,
+        keys: &[
+            LOCAL[0],
+            LOCAL[1],
+            WIDTH,
+            ("expert_shared_feed_forward_length", "shared_intermediate_size", OptionalWhole),
+            ("embedding_scale", "embedding_multiplier", OptionalNumber),
+            ("residual_scale", "residual_multiplier", OptionalNumber),
+            ("logit_scale", "logits_scaling", Number),
+            ("attention.scale", "attention_multiplier", OptionalNumber),
+        ],
+        adjust: adjust_granite,
+        ..PLAIN
+    },
+    Architecture {
+        name: "phimoe",
+        sparse: &["phimoe"],
+        keys: &[LOCAL[0], LOCAL[1], WIDTH],
+        flags: &[("attention_bias", "blk.0.attn_q.bias"), ("lm_head_bias", "output.bias")],
+        ..PLAIN
+    },
+    Architecture {
+        name: "dbrx",
+        sparse: &["dbrx"],
+        keys: &[
+            ("context_length", "max_seq_len", Whole),
+            ("embedding_length", "d_model", Whole),
+            ("block_count", "n_layers", Whole),
+            ("attention.head_count", "n_heads", Whole),
+            ("attention.head_count_kv", "attn_config.kv_n_heads", Whole),
+            ("attention.clamp_kqv", "attn_config.clip_qkv", Number),
+            ("feed_forward_length", "ffn_config.ffn_hidden_size", Whole),
+            ("expert_count", "ffn_config.moe_num_experts", Whole),
+            ("expert_used_count", "ffn_config.moe_top_k", Whole),
+            ("attention.layer_norm_epsilon", "", Number),
+        ],
+        says: r#"{"ffn_config": {"moe_normalize_expert_weights": 1.0}}"#,
+        norms: ["attn_norm", "", "attn_output_norm", ""],
+        joined: true,
+        adjust: check_dbrx,
+        ..PLAIN
+    },
+    Architecture {
+        name: "llama4",
+        sparse: &["llama4_text"],
+        interleaved: true,
+        keys: &[
+            LOCAL[0],
+            LOCAL[1],
+            ("feed_forward_length", "intermediate_size_mlp", Whole),
+            ("expert_feed_forward_length", "intermediate_size", Whole),
+            ("interleave_moe_layer_step", "interleave_moe_layer_step", Whole),
+        ],
+        says: r#"{"attention_chunk_size": 8192, "attn_temperature_tuning": true, "attn_scale": 0.1,
+            "floor_scale": 8192.0, "no_rope_layer_interval": 4}"#,
+        adjust: adjust_llama4,
+        ..PLAIN
+    },
+    Architecture {
+        name: "gpt-oss",
+        sparse: &["gpt_oss"],
+        keys: &[
+            LOCAL[0],
+            LOCAL[1],
+            ("expert_feed_forward_length", "intermediate_size", Whole),
+            ("attention.sliding_window", "sliding_window", Whole),
+        ],
+        says: r#"{"attention_bias": true, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}"#,
+        yarn: r#"{"truncate": false}"#,
+        norms: NORMS_POST,
+        ..PLAIN
+    },
+    Architecture {
+        name: "grok",
+        sparse: &["grok-1"],
+        keys: &[
+            ("expert_count", "num_experts", Whole),
+            USED,
+            WIDTH,
+            ("embedding_scale", "embedding_multiplier_scale", OptionalNumber),
+            ("logit_scale", "output_multiplier_scale", OptionalNumber),
+            ("attention.output_scale", "attn_output_multiplier", OptionalNumber),
+            ("attn_logit_softcapping", "max_attn_value", OptionalNumber),
+            // llama.cpp computes nothing with it.
+            ("router_logit_softcapping", "", OptionalNumber),
+        ],
+        says: r#"{"hidden_act": "gelu"}"#,
+        norms: ["attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"],
+        multiplies_logits: true,
+        adjust: adjust_grok,
+        ..PLAIN
     },
 ];
-
-/// Whether a key is a whole number, and must be there.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum KeyKind {
-    Whole,
-    OptionalWhole,
-    Number,
-    OptionalNumber,
-}
-
-/// Keys behind the architecture's name, and those of `config.json`.
-const KEYS: [(&str, &str, KeyKind); 9] = [
-    ("context_length", "max_position_embeddings", KeyKind::Whole),
-    ("embedding_length", "hidden_size", KeyKind::Whole),
-    ("block_count", "num_hidden_layers", KeyKind::Whole),
-    ("attention.head_count", "num_attention_heads", KeyKind::Whole),
-    ("attention.head_count_kv", "num_key_value_heads", KeyKind::OptionalWhole),
-    ("attention.key_length", "head_dim", KeyKind::OptionalWhole),
-    ("attention.sliding_window", "sliding_window", KeyKind::OptionalWhole),
-    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", KeyKind::Number),
-    ("rope.freq_base", "rope_theta", KeyKind::OptionalNumber),
-];
-const EXPERTS_USED: (&str, &str) = ("expert_used_count", "num_experts_per_tok");
-const DENSE_KEYS: [(&str, &str); 1] = [("feed_forward_length", "intermediate_size")];
-/// Keys of arithmetic that no family here has, and the number with which they change nothing.
-const FOREIGN_KEYS: [(&str, f32); 9] = [
-    ("rope.scaling.factor", 1.0),
-    ("logit_scale", 1.0),
-    ("residual_scale", 1.0),
-    ("embedding_scale", 1.0),
-    ("attention.scale", 0.0),
-    ("attention.clamp_kqv", 0.0),
-    ("attn_logit_softcapping", 0.0),
-    ("final_logit_softcapping", 0.0),
-    ("expert_shared_count", 0.0),
-];
-
-/// What a layer's tensors are called: behind `model.layers.N.` without their ending, and behind `blk.N.`.
-const LAYER_TENSORS: [(&str, &str); 13] = [
-    ("input_layernorm", "attn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("block_sparse_moe.gate", "ffn_gate_inp"),
-    ("mlp.gate", "ffn_gate_inp"),
-];
-/// What an expert's tensors are called, behind `experts.N.`; those of all experts of a layer are one tensor.
-const EXPERT_TENSORS: [(&str, &str); 6] = [
-    ("w1", "ffn_gate_exps"),
-    ("w3", "ffn_up_exps"),
-    ("w2", "ffn_down_exps"),
-    ("gate_proj", "ffn_gate_exps"),
-    ("up_proj", "ffn_up_exps"),
-    ("down_proj", "ffn_down_exps"),
-];
-
-/// Where a tensor of Hugging Face's naming stands in a GGUF file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
-    /// The tensor there.
-    pub(super) name: String,
-    /// Which of the equal parts of it, if it holds several experts.
-    pub(super) part: Option<usize>,
-    /// Whether its rows are those of heads whose halves are interleaved.
-    pub(super) interleaved: bool,
-}
 
 impl Architecture {
     /// The architecture in which a family's models are written.
@@ -151,166 +287,97 @@ impl Architecture {
         ARCHITECTURES.iter().find(|known| known.dense.contains(&family) || known.sparse.contains(&family))
     }
 
-    /// The keys of its models: behind its name, and in `config.json`.
-    pub(super) fn keys(
-        &self,
-        has_experts: bool,
-    ) -> impl Iterator<Item = (&'static str, &'static str, KeyKind)> + use<> {
-        let (counts, used) = if has_experts { (self.sparse_keys, Some(EXPERTS_USED)) } else { (&DENSE_KEYS[..], None) };
-        let whole = counts.iter().copied().chain(used).map(|(key, theirs)| (key, theirs, KeyKind::Whole));
-        KEYS.into_iter().chain(whole)
-    }
-
-    /// Where a tensor stands, by Hugging Face's name; none if the architecture has no such.
-    pub(super) fn place(&self, name: &str) -> Option<Place> {
-        let (stem, ending) = name.rsplit_once('.')?;
-        let whole = |name: String| Some(Place { name, part: None, interleaved: false });
-        match stem {
-            "model.embed_tokens" => return whole(format!("token_embd.{ending}")),
-            "model.norm" => return whole(format!("output_norm.{ending}")),
-            "lm_head" => return whole(format!("output.{ending}")),
-            _ => {}
-        }
-        let (layer, rest) = stem.strip_prefix("model.layers.")?.split_once('.')?;
-        if let Some((_, expert)) = rest.split_once(".experts.") {
-            let (expert, matrix) = expert.split_once('.')?;
-            let (_, theirs) = EXPERT_TENSORS.iter().find(|(ours, _)| *ours == matrix)?;
-            let part = Some(expert.parse().ok()?);
-            return Some(Place { name: format!("blk.{layer}.{theirs}.{ending}"), part, interleaved: false });
-        }
-        let (_, theirs) = LAYER_TENSORS.iter().find(|(ours, _)| *ours == rest)?;
-        let interleaved = self.interleaved && matches!(*theirs, "attn_q" | "attn_k");
-        Some(Place { name: format!("blk.{layer}.{theirs}.{ending}"), part: None, interleaved })
+    /// Whether its files say something under a key, or might.
+    pub(super) fn knows(&self, suffix: &str) -> bool {
+        self.keys.iter().any(|(known, ..)| *known == suffix)
     }
 }
 
-/// The row of a head with its halves apart that stands at row `row` when they are interleaved; rows of all heads are
-/// counted through.
-pub(super) fn row_of_halves(row: usize, head_dim: usize) -> usize {
-    let (head, inner) = (row / head_dim, row % head_dim);
-    head * head_dim + inner % 2 * (head_dim / 2) + inner / 2
-}
+/// llama.cpp's numbers of what makes scores of a router's logits (`enum llama_expert_gating_func_type`).
+pub(super) const SOFTMAX: u32 = 1;
+/// See [`SOFTMAX`].
+pub(super) const SIGMOID: u32 = 2;
 
-/// Reads the configuration of a file.
-pub(super) fn read_config(file: &GgufFile) -> Result<(ModelConfig, &'static Architecture), ModelError> {
-    let metadata = file.metadata();
-    let name = metadata.text("general.architecture")?;
-    let Some(architecture) = ARCHITECTURES.iter().find(|known| known.name == name) else {
-        let known: Vec<&str> = ARCHITECTURES.iter().map(|known| known.name).collect();
-        let message = format!("architecture `{name}` is not known; known are {}", known.join(", "));
-        return Err(metadata.error("general.architecture", message));
-    };
-    let key = |suffix: &str| format!("{name}.{suffix}");
-    let has_experts = metadata.optional_u32(&key("expert_count"))?.unwrap_or(0) > 0;
-    let kinds = if has_experts { architecture.sparse } else { architecture.dense };
-    let Some(family) = kinds.first() else {
-        let wanted = if has_experts { "0" } else { "a number of experts" };
-        return Err(metadata.error(&key("expert_count"), format!("wanted {wanted} for this architecture")));
-    };
-    let mut map = Map::new();
-    map.insert("model_type".into(), json!(family));
-    map.insert("hidden_act".into(), json!("silu"));
-    for (suffix, theirs, kind) in architecture.keys(has_experts) {
-        let key = key(suffix);
-        let value = match kind {
-            KeyKind::Whole => Some(json!(metadata.u32(&key)?)),
-            KeyKind::OptionalWhole => metadata.optional_u32(&key)?.map(|number| json!(number)),
-            KeyKind::Number => Some(decimal(metadata.f32(&key)?)),
-            KeyKind::OptionalNumber => metadata.optional_f32(&key)?.map(decimal),
-        };
-        map.extend(value.map(|value| (theirs.to_string(), value)));
-    }
-    if let Some(renormalise) = architecture.renormalise.filter(|_| has_experts) {
-        map.insert("norm_topk_prob".into(), json!(renormalise));
-    }
-    // What llama.cpp takes where the keys are absent, which is not what the families take.
-    let heads = map["num_attention_heads"].as_u64().unwrap_or_default();
-    map.entry("num_key_value_heads").or_insert(json!(heads));
-    map.entry("rope_theta").or_insert(json!(10_000.0));
-    refuse_other_arithmetic(file, name, &map)?;
-    read_vocabulary(file, &mut map)?;
-    let config = families::read_config(Value::Object(map).to_string().as_bytes(), file.name())?;
-    Ok((config, architecture))
-}
-
-/// The f64 whose decimal digits are the fewest that tell an f32 from its neighbours: 1e-5 as it was meant.
-fn decimal(number: f32) -> Value {
-    let digits = number.to_string();
-    json!(digits.parse::<f64>().unwrap_or(f64::NAN))
-}
-
-fn refuse_other_arithmetic(file: &GgufFile, name: &str, map: &Map<String, Value>) -> Result<(), ModelError> {
-    let metadata = file.metadata();
-    let key = |suffix: &str| format!("{name}.{suffix}");
-    if let Some(kind) = metadata.optional_text(&key("rope.scaling.type"))?.filter(|kind| *kind != "none") {
-        let message = format!("wanted positions that are not scaled, found `{kind}`");
-        return Err(metadata.error(&key("rope.scaling.type"), message));
-    }
-    for (suffix, neutral) in FOREIGN_KEYS {
-        if let Some(found) = metadata.optional_f32(&key(suffix))?.filter(|found| *found != neutral) {
-            let message = format!("wanted {neutral}, which changes nothing, or no such key, found {found}");
-            return Err(metadata.error(&key(suffix), message));
+/// Old files of DeepSeek-V2 do not say how they score.
+fn adjust_deepseek2(reading: &mut Reading) -> Result<(), ModelError> {
+    let key = reading.key("expert_gating_func");
+    match reading.metadata.optional_u32(&key)?.unwrap_or(SOFTMAX) {
+        SOFTMAX => {
+            let norm = reading.key("expert_weights_norm");
+            if reading.metadata.optional_flag(&norm)? == Some(true) {
+                return Err(reading.metadata.error(&norm, "wanted false for experts scored by softmax, found true"));
+            }
+            if reading.map.get("n_group").and_then(serde_json::Value::as_u64).is_some_and(|groups| groups > 1) {
+                reading.map.insert("topk_method".into(), json!("group_limited_greedy"));
+            }
+        }
+        SIGMOID => {
+            reading.map.insert("model_type".into(), json!("deepseek_v3"));
+            // As llama.cpp turns them: the files keep the order of the published ones.
+            reading.map.insert("rope_interleave".into(), json!(true));
+        }
+        other => {
+            let message = format!("wanted {SOFTMAX} (softmax) or {SIGMOID} (sigmoid), found {other}");
+            return Err(reading.metadata.error(&key, message));
         }
     }
-    let size = |key: &str| map.get(key).and_then(Value::as_u64).unwrap_or_default();
-    let head_dim = match map.get("head_dim") {
-        Some(head_dim) => head_dim.as_u64().unwrap_or_default(),
-        None => size("hidden_size").checked_div(size("num_attention_heads")).unwrap_or_default(),
-    };
-    for suffix in ["attention.value_length", "rope.dimension_count"] {
-        if let Some(found) = metadata.optional_u32(&key(suffix))?.filter(|&found| u64::from(found) != head_dim) {
-            let message = format!("wanted the width of a head, {head_dim}, found {found}");
-            return Err(metadata.error(&key(suffix), message));
-        }
-    }
+    reading.default("routed_scaling_factor", json!(1.0));
+    reading.default("n_shared_experts", json!(0));
+    reading.default("first_k_dense_replace", json!(0));
     Ok(())
 }
 
-/// The size of the vocabulary, whether the head is the embedding, and the tokens that begin and end a text.
-fn read_vocabulary(file: &GgufFile, map: &mut Map<String, Value>) -> Result<(), ModelError> {
-    let metadata = file.metadata();
-    let Some(embedding) = file.get("token_embd.weight") else {
-        return Err(ModelError::tensor(file.name(), "token_embd.weight", "missing"));
-    };
-    map.insert("vocab_size".into(), json!(embedding.shape.first()));
-    map.insert("tie_word_embeddings".into(), json!(file.get("output.weight").is_none()));
-    map.insert("bos_token_id".into(), json!(metadata.optional_u32("tokenizer.ggml.bos_token_id")?));
-    let mut ends = Vec::new();
-    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-        ends.extend(metadata.optional_u32(key)?.filter(|end| !ends.contains(end)));
+/// Scores are logistic functions; `unsaid` is whether a file may leave that out.
+fn adjust_sigmoid(reading: &mut Reading, unsaid: bool) -> Result<(), ModelError> {
+    let key = reading.key("expert_gating_func");
+    let found = reading.metadata.optional_u32(&key)?;
+    if found != Some(SIGMOID) && !(unsaid && found.is_none()) {
+        let found = found.map_or_else(|| "nothing".to_string(), |found| found.to_string());
+        return Err(reading.metadata.error(&key, format!("wanted {SIGMOID} (sigmoid), found {found}")));
     }
-    map.insert("eos_token_id".into(), json!(ends));
+    reading.default("routed_scaling_factor", json!(1.0));
+    reading.default("first_k_dense_replace", json!(0));
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tensors_have_their_places() {
-        let llama = Architecture::of_family("mixtral").unwrap();
-        let place = |name: &str| llama.place(name).map(|place| (place.name, place.part, place.interleaved));
-        assert_eq!(place("lm_head.weight"), Some(("output.weight".into(), None, false)));
-        let query = place("model.layers.12.self_attn.q_proj.weight");
-        assert_eq!(query, Some(("blk.12.attn_q.weight".into(), None, true)));
-        let expert = place("model.layers.3.block_sparse_moe.experts.7.w2.weight");
-        assert_eq!(expert, Some(("blk.3.ffn_down_exps.weight".into(), Some(7), false)));
-        assert_eq!(place("model.layers.3.self_attn.rotary.weight"), None);
-        let qwen = Architecture::of_family("qwen2").unwrap();
-        assert!(!qwen.place("model.layers.0.self_attn.q_proj.bias").unwrap().interleaved);
+/// A shared expert makes it another family; what files leave out is not what `config.json` would mean by it.
+fn adjust_granite(reading: &mut Reading) -> Result<(), ModelError> {
+    if reading.map.get("shared_intermediate_size").is_some_and(|width| *width != json!(0)) {
+        reading.map.insert("model_type".into(), json!("granitemoeshared"));
+    } else {
+        reading.map.remove("shared_intermediate_size");
     }
+    let head_dim = reading.head_dim();
+    reading.default("attention_multiplier", json!((head_dim as f64).powf(-0.5)));
+    Ok(())
+}
 
-    #[test]
-    fn interleaved_rows_are_those_of_the_converter() {
-        // convert_hf_to_gguf.py: reshape(heads, 2, half, cols).swapaxes(1, 2), two heads of six rows.
-        let rows: Vec<usize> = (0..12).map(|row| row_of_halves(row, 6)).collect();
-        assert_eq!(rows, [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]);
+/// The family has one constant in its norms.
+fn check_dbrx(reading: &mut Reading) -> Result<(), ModelError> {
+    let key = reading.key("attention.layer_norm_epsilon");
+    match reading.metadata.f32(&key)? {
+        1e-5 => Ok(()),
+        found => Err(reading.metadata.error(&key, format!("wanted 0.00001, found {found}"))),
     }
+}
 
-    #[test]
-    fn numbers_of_32_bits_are_read_as_they_were_meant() {
-        assert_eq!(decimal(1e-5f32), json!(1e-5));
-        assert_eq!(decimal(500_000.0), json!(500_000.0));
+/// Old files leave xAI's factors to llama.cpp, which has them to seven digits.
+fn adjust_grok(reading: &mut Reading) -> Result<(), ModelError> {
+    reading.default("embedding_multiplier_scale", json!(78.383_67));
+    reading.default("output_multiplier_scale", json!(0.577_350_3));
+    reading.default("attn_output_multiplier", json!(0.088_388_35));
+    reading.default("max_attn_value", json!(30.0));
+    Ok(())
+}
+
+/// Maverick, which llama.cpp knows by its 128 experts, has no norm of queries and keys.
+fn adjust_llama4(reading: &mut Reading) -> Result<(), ModelError> {
+    let is_normed = reading.map.get("num_local_experts").is_none_or(|experts| *experts != json!(128));
+    reading.map.insert("use_qk_norm".into(), json!(is_normed));
+    // With 0 there, llama.cpp lets every layer see and turn all.
+    let key = reading.key("attention.sliding_window");
+    match reading.metadata.optional_u32(&key)? {
+        None => Ok(()),
+        Some(found) => Err(reading.metadata.error(&key, format!("wanted nothing, found {found}"))),
     }
 }

@@ -5,10 +5,14 @@
 //! the tensors' bytes are where the file is mapped.
 
 mod architecture;
+mod config;
 mod export;
+mod facts;
 mod header;
 mod metadata;
 mod model;
+mod positions;
+mod tensors;
 mod vocabulary;
 mod write;
 

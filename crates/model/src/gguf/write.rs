@@ -84,6 +84,15 @@ impl WeightToWrite<'_> {
 /// # Panics
 /// If two keys or tensors have one name, or a tensor has more than four dimensions.
 pub fn write_gguf(path: &Path, metadata: &[MetadataToWrite], tensors: &[WeightToWrite]) -> Result<(), ModelError> {
+    stage_gguf(path, metadata, tensors)?.publish()
+}
+
+/// As [`write_gguf`], not yet in its place.
+pub(super) fn stage_gguf(
+    path: &Path,
+    metadata: &[MetadataToWrite],
+    tensors: &[WeightToWrite],
+) -> Result<Staged, ModelError> {
     let header = header(&path.display().to_string(), metadata, tensors)?;
     let pad = |out: &mut dyn Write, length: usize| {
         out.write_all(&[0; ALIGNMENT][..length.next_multiple_of(ALIGNMENT) - length])
@@ -96,8 +105,7 @@ pub fn write_gguf(path: &Path, metadata: &[MetadataToWrite], tensors: &[WeightTo
             pad(out, tensor.size().expect("checked in the header"))?;
         }
         Ok(())
-    })?
-    .publish()
+    })
 }
 
 fn header(file: &str, metadata: &[MetadataToWrite], tensors: &[WeightToWrite]) -> Result<Vec<u8>, ModelError> {

@@ -278,7 +278,7 @@ fn build_feed_forward(config: &VisionConfig, layer: usize, param: &mut Make<'_>)
         Mixture::Routed { method, top_k, .. } => {
             let layer = MethodLayer { hidden, experts, top_k: *top_k, vocabulary: 0, causal: false };
             let router = methods::build(method, &layer, &mut |name, shape| param(&format!("moe.{name}"), shape))?;
-            Ok(FeedForward::Routed(MoeLayer { router, experts: bank(param)? }))
+            Ok(FeedForward::Routed(MoeLayer::by(router, bank(param)?)))
         }
     }
 }

@@ -202,6 +202,45 @@ fn a_tokens_output_does_not_depend_on_the_batch() {
     }
 }
 
+/// Of a layer with `share` of its inner activations dropped: output, and gradients of gate_up and down.
+fn with_dropout(all: &[Tensor], share: f32, seed: u64) -> [Vec<f32>; 3] {
+    let (layer, mut gradients) = (layer(&SMALL, &all[1..]), Gradients::new());
+    let g = Graph::training(Precision::F32).with_expert_dropout(share).seeded(seed);
+    let (y, _) = layer.forward(&g, &g.variable(all[0].clone())).unwrap();
+    let seed = projection(y.data().len(), 1.0);
+    let answer = y.data().to_vec();
+    g.backward_from(&[(&y, seed.data())], &mut gradients);
+    [answer, gradients.get(1).unwrap().to_vec(), gradients.get(2).unwrap().to_vec()]
+}
+
+#[test]
+fn experts_drop_what_they_compute_inside_when_training() {
+    let all = clear_choices(&SMALL, 9);
+    let [whole, ..] = with_dropout(&all, 0.0, 1);
+    let [dropped, gate_up, down] = with_dropout(&all, 0.4, 1);
+    assert!(dropped != whole && dropped != with_dropout(&all, 0.4, 2)[0]);
+    for (which, gradient) in [(2, &gate_up), (3, &down)] {
+        let mut moved = all.clone();
+        check_gradient("with dropout", all[which].data(), gradient, |at| {
+            moved[which] = Tensor::new(all[which].shape(), at.to_vec());
+            let y = &with_dropout(&moved, 0.4, 1)[0];
+            y.iter().zip(projection(y.len(), 1.0).data()).map(|(&y, &p)| f64::from(y) * f64::from(p)).sum()
+        });
+    }
+    // What is kept is raised, so that the mean over draws is the whole.
+    let mut mean = vec![0.0; whole.len()];
+    for seed in 0..600 {
+        let [y, ..] = with_dropout(&all, 0.4, seed);
+        mean.iter_mut().zip(y).for_each(|(mean, y)| *mean += y / 600.0);
+    }
+    let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+    assert!(distance(&mean, &whole) < 0.02 * distance(&dropped, &whole), "{mean:?} {whole:?}");
+    // Nothing is dropped when not training.
+    let (layer, g) = (layer(&SMALL, &all[1..]), Graph::inference(Precision::F32).with_expert_dropout(0.4));
+    let (y, _) = layer.forward(&g, &Var::constant(all[0].clone())).unwrap();
+    same_bits("inference", y.data(), &whole);
+}
+
 #[test]
 fn without_tokens_there_is_nothing_to_do() {
     let (layer, mut gradients) = (layer(&SMALL, &weights(&SMALL, 1)), Gradients::new());

@@ -1,7 +1,6 @@
 //! Balance losses: all are linear in the mean probability of each expert, with slopes counted without a gradient.
 
 use super::math::scalar;
-use crate::Plan;
 use moebius_tensor::{Graph, Var};
 
 /// Σ_e slope_e · mean over tokens of p_te.
@@ -18,34 +17,6 @@ pub(super) fn share_loss<'p>(g: &Graph<'p>, probabilities: &Var, counts: &[u64])
     let total = counts.iter().sum::<u64>().max(1) as f64;
     let slopes: Vec<f64> = counts.iter().map(|&count| counts.len() as f64 * count as f64 / total).collect();
     linear_loss(g, probabilities, &slopes)
-}
-
-/// Counts of a global batch: those of other ranks and of earlier micro-batches are added before the loss is taken
-/// (Qiu et al. 2025, "Demons in the Detail").
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct GlobalCounts(Vec<u64>);
-
-impl GlobalCounts {
-    /// Adds a plan's assignments.
-    pub fn add(&mut self, plan: &Plan) {
-        self.0.resize(plan.n_experts(), 0);
-        self.0.iter_mut().zip(plan.counts()).for_each(|(sum, count)| *sum += count as u64);
-    }
-
-    /// Forgets all, at the end of an optimiser step.
-    pub fn clear(&mut self) {
-        self.0.clear();
-    }
-
-    /// Assignments of each expert so far.
-    pub fn counts(&self) -> &[u64] {
-        &self.0
-    }
-}
-
-/// E Σ_e f_e P_e with f_e of the global batch and P_e of this micro-batch.
-pub fn global_balance_loss<'p>(g: &Graph<'p>, probabilities: &Var, counts: &GlobalCounts) -> Var {
-    share_loss(g, probabilities, &counts.0)
 }
 
 /// DeepSeek-V3's sequence-wise loss (2024, eqs. 17-20): for each sequence Σ_i f_i P_i with f_i = E / (K T) times the
@@ -82,19 +53,6 @@ mod tests {
     use super::*;
     use moebius_kernels::gemm::Precision;
     use moebius_tensor::Tensor;
-
-    #[test]
-    fn micro_batches_that_are_uneven_alone_are_even_together() {
-        // Expert 0 in the first micro-batch, expert 1 in the second.
-        let g = Graph::inference(Precision::F32);
-        let [first, second] = [0, 1].map(|expert| Plan::from_choices(2, 1, &[expert; 4]).unwrap());
-        let p = Var::constant(Tensor::new(&[4, 2], [0.75, 0.25].repeat(4)));
-        let mut counts = GlobalCounts::default();
-        counts.add(&first);
-        assert_eq!(global_balance_loss(&g, &p, &counts).data(), [1.5]);
-        counts.add(&second);
-        assert_eq!((counts.counts(), global_balance_loss(&g, &p, &counts).data()), (&[4, 4][..], &[1.0][..]));
-    }
 
     #[test]
     fn sequences_are_balanced_one_by_one() {

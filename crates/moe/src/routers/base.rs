@@ -54,3 +54,29 @@ impl RoutingMethod for Base {
         vec![&mut self.weight]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::close;
+    use super::*;
+    use moebius_kernels::gemm::Precision;
+    use moebius_tensor::Tensor;
+
+    /// Both tokens like the first expert best; 3 + 1.5 is more than 1 + 2.
+    #[test]
+    fn in_training_each_expert_has_its_share() {
+        let identity = Tensor::new(&[2, 2], vec![1.0, 0.0, 0.0, 1.0]);
+        let base = Base { weight: Param::new(0, "router", identity) };
+        let x = Var::constant(Tensor::new(&[2, 2], vec![3.0, 1.0, 2.0, 1.5]));
+        let sigmoid = |score: f32| 1.0 / (1.0 + (-score).exp());
+        let g = Graph::training(Precision::F32);
+        let decision = base.decide(&g, &x, &Context::default()).unwrap();
+        assert_eq!((decision.plan.offsets(), decision.plan.token()), (&[0, 1, 2][..], &[0, 1][..]));
+        close(decision.weights.data(), &[sigmoid(3.0), sigmoid(1.5)]);
+        close(decision.skip.unwrap().data(), &[1.0 - sigmoid(3.0), 1.0 - sigmoid(1.5)]);
+        let g = Graph::inference(Precision::F32);
+        let decision = base.decide(&g, &x, &Context::default()).unwrap();
+        assert_eq!(decision.plan.counts(), [2, 0]);
+        close(decision.weights.data(), &[sigmoid(3.0), sigmoid(2.0)]);
+    }
+}

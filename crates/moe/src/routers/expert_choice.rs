@@ -7,7 +7,7 @@
 //! and 0 <= A <= 1, found by Dykstra's alternating projections (in the logarithm: λ is small).
 
 use super::math::{row_scores, softmax};
-use super::selection::{capacity, plan_of, top_k};
+use super::selection::{capacity, least_tokens, plan_of, top_k};
 use super::{Context, Decision, RoutingMethod, Setup};
 use crate::MoeError;
 use moebius_tensor::{Graph, Param, Var, ops};
@@ -96,6 +96,10 @@ impl RoutingMethod for ExpertChoice {
         let plan = plan_of(tokens, experts, pairs)?;
         let weights = row_scores(g, &probabilities, &plan);
         Ok(Decision { capacity: Some(take), ..Decision::new(plan, weights, logits, probabilities) })
+    }
+
+    fn least_tokens(&self) -> usize {
+        least_tokens(self.experts_per_token, 1, self.weight.shape()[0])
     }
 
     fn params(&self) -> Vec<&Param> {

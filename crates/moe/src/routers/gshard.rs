@@ -5,7 +5,7 @@
 
 use super::balancing::share_loss;
 use super::math::{pick, softmax};
-use super::selection::{by_rank, capacity, fill, plan_of, top_k_rows};
+use super::selection::{by_rank, capacity, fill, least_tokens, plan_of, top_k_rows};
 use super::{AuxiliaryLoss, Context, Decision, RoutingMethod, Setup};
 use crate::MoeError;
 use moebius_kernels::memory::Buffer;
@@ -105,6 +105,10 @@ impl RoutingMethod for GShard {
         let losses = vec![AuxiliaryLoss { name: "balance", coefficient: self.balance, value }];
         let decision = Decision::new(plan, weights, logits, probabilities);
         Ok(Decision { losses, capacity: most, dropped, ..decision })
+    }
+
+    fn least_tokens(&self) -> usize {
+        least_tokens(self.capacity_factor, 2, self.weight.shape()[0])
     }
 
     fn params(&self) -> Vec<&Param> {

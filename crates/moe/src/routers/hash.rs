@@ -62,14 +62,22 @@ pub fn dispersed_table(clusters: &[u32], experts: usize) -> Vec<u32> {
     table
 }
 
+/// Where the data decide: the words of `table` whose table is a weight, which no gradient reaches.
+const FROM_DATA: [&str; 3] = ["counted", "clustered", "dispersed"];
+
+/// Experts that such a table may name: whole numbers that bf16 keeps.
+const MOST_STORED: usize = 256;
+
 /// Ids times experts that tables may be made for: far above published models, far below what takes minutes.
 const MOST_PAIRS: usize = 1 << 29;
 
 /// Routes by the ids of [`Context::token_ids`].
 #[derive(Debug)]
 struct Hash {
-    /// One a choice, each into its own run of experts.
+    /// One a choice, each into its own run of experts; none where the table is a weight.
     tables: Vec<Vec<u32>>,
+    /// `[ids]`: each id's expert, written there by whoever has the data.
+    stored: Option<Param>,
     experts: usize,
 }
 
@@ -88,13 +96,24 @@ pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, Moe
         return Err(setup.refuse(reason));
     }
     let seed = setup.count("seed", 42, 0..=1 << 52)? as u64;
-    let table = setup.word("table", &["random", "balanced"])?;
+    let table = setup.word("table", &[&["random", "balanced"][..], &FROM_DATA].concat())?;
+    if table >= 2 {
+        if hashes != 1 || setup.experts > MOST_STORED {
+            let reason = format!(
+                "wanted 1 choice a token of at most {MOST_STORED} experts with a table from data, found {hashes} of {}",
+                setup.experts
+            );
+            return Err(setup.refuse(reason));
+        }
+        let stored = Some((setup.param)("table", &[ids])?);
+        return Ok(Box::new(Hash { tables: Vec::new(), stored, experts: setup.experts }));
+    }
     let tables = (0..hashes as u64).map(|i| match table {
         0 => random_table(ids, each, seed + i),
         // By Zipf's law, ids counted as if they stood in falling order of frequency, as merges of a BPE nearly do.
         _ => balanced_table(&(0..ids).map(|id| (1 << 32) / (id as u64 + 1 + i)).collect::<Vec<_>>(), each),
     });
-    Ok(Box::new(Hash { tables: tables.collect(), experts: setup.experts }))
+    Ok(Box::new(Hash { tables: tables.collect(), stored: None, experts: setup.experts }))
 }
 
 impl RoutingMethod for Hash {
@@ -104,8 +123,21 @@ impl RoutingMethod for Hash {
         if context.token_ids.len() != tokens {
             return refuse(format!("wanted the ids of {tokens} tokens, found {}", context.token_ids.len()));
         }
-        let each = self.experts / self.tables.len();
-        let mut pairs = Vec::with_capacity(tokens * self.tables.len());
+        let each = self.experts / self.tables.len().max(1);
+        let mut pairs = Vec::with_capacity(tokens * self.tables.len().max(1));
+        for (token, &id) in context.token_ids.iter().enumerate() {
+            let Some(stored) = &self.stored else { break };
+            let Some(&expert) = stored.value().data().get(id as usize) else {
+                return refuse(format!("token {token}: wanted an id below {}, found {id}", stored.shape()[0]));
+            };
+            if expert.fract() != 0.0 || !(0.0..self.experts as f32).contains(&expert) {
+                return refuse(format!(
+                    "the table's id {id}: wanted a whole number below {}, found {expert}; nobody has made the table",
+                    self.experts
+                ));
+            }
+            pairs.push((token, expert as usize));
+        }
         for (token, &id) in context.token_ids.iter().enumerate() {
             for (i, table) in self.tables.iter().enumerate() {
                 let Some(&expert) = table.get(id as usize) else {
@@ -121,17 +153,47 @@ impl RoutingMethod for Hash {
     }
 
     fn params(&self) -> Vec<&Param> {
-        Vec::new()
+        self.stored.iter().collect()
     }
 
     fn params_mut(&mut self) -> Vec<&mut Param> {
-        Vec::new()
+        self.stored.iter_mut().collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn built(top_k: usize, table: &str, value: Vec<f32>) -> Result<Box<dyn RoutingMethod>, MoeError> {
+        let mut make = |name: &str, shape: &[usize]| Ok(Param::new(0, name, Tensor::new(shape, value.clone())));
+        let mut setup = Setup::new(2, 4, top_k, &mut make);
+        setup.vocabulary = value.len();
+        setup.options.insert("table".into(), table.into());
+        super::super::build("hash", &mut setup)
+    }
+
+    #[test]
+    fn a_stored_table_is_looked_up() {
+        let decide = |method: &dyn RoutingMethod, ids: &[u32]| {
+            let x = Var::constant(Tensor::zeros(&[ids.len(), 2]));
+            let context = Context { token_ids: ids, ..Context::default() };
+            method.decide(&Graph::inference(moebius_kernels::gemm::Precision::F32), &x, &context)
+        };
+        for table in FROM_DATA {
+            let method = built(1, table, vec![3.0, 0.0, 2.0]).unwrap();
+            assert_eq!(decide(&*method, &[2, 0, 0, 1]).unwrap().plan.counts(), [1, 0, 1, 2]);
+            assert!(decide(&*method, &[3]).unwrap_err().to_string().contains("wanted an id below 3, found 3"));
+            // What initial weights are: nobody has made the table.
+            let unmade = built(1, table, vec![0.02, 4.0, -1.0]).unwrap();
+            for id in 0..3 {
+                let message = decide(&*unmade, &[id]).unwrap_err().to_string();
+                assert!(message.contains("wanted a whole number below 4"), "{message}");
+            }
+        }
+        let message = built(2, "counted", vec![0.0]).unwrap_err().to_string();
+        assert!(message.contains("wanted 1 choice a token of at most 256 experts"), "{message}");
+    }
 
     #[test]
     fn tables_on_paper() {

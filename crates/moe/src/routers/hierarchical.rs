@@ -162,3 +162,28 @@ impl Hierarchical {
         moebius_tensor::ops::sum(g, &[&first, &second])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{by_scores, close};
+    use super::*;
+    use moebius_kernels::gemm::Precision;
+
+    /// Two of three groups, at 3/4 and 1/4; in each two of three experts, at 2/3 and 1/3.
+    #[test]
+    fn weights_are_products_of_both_gates() {
+        let inner = [2f32.ln(), 0.0, -9.0];
+        let options = [("groups", 3.0.into()), ("groups_per_token", 2.0.into())];
+        let method = by_scores("hierarchical", [9, 2], &options, &|name| match name {
+            "router_groups" => Some(vec![3f32.ln(), 0.0, -9.0]),
+            "router" => Some(inner.repeat(3)),
+            _ => None,
+        });
+        let (g, x) = (Graph::inference(Precision::F32), Var::constant(Tensor::new(&[1, 2], vec![1.0, 0.0])));
+        let decision = method.decide(&g, &x, &Context::default()).unwrap();
+        assert_eq!(decision.plan.counts(), [1, 1, 0, 1, 1, 0, 0, 0, 0]);
+        close(decision.weights.data(), &[1.0 / 2.0, 1.0 / 4.0, 1.0 / 6.0, 1.0 / 12.0]);
+        // Importances 1/2, 1/4, 1/6, 1/12 and five zeros: mean 1/9, mean square (36 + 9 + 4 + 1) / 144 / 9.
+        close(decision.losses[0].value.data(), &[(50.0 / 144.0 / 9.0 - 1.0 / 81.0) * 81.0]);
+    }
+}

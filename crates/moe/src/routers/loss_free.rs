@@ -64,6 +64,10 @@ impl RoutingMethod for LossFree {
         Ok(Decision { losses, ..Decision::new(plan, weights, logits, probabilities) })
     }
 
+    fn settings(&self) -> Option<&RouterSettings> {
+        Some(self.router.settings())
+    }
+
     fn params(&self) -> Vec<&Param> {
         Router::params(&self.router)
     }

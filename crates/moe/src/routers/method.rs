@@ -2,7 +2,7 @@
 
 use super::options::MakeParam;
 use super::{Options, RoutingMethod, Setup, build};
-use crate::MoeError;
+use crate::{MoeError, RouterSettings};
 use moebius_tensor::{Param, Tensor};
 
 /// A routing method and its options.
@@ -52,14 +52,35 @@ impl MethodConfig {
     /// # Errors
     /// As [`MethodConfig::build`].
     pub fn weights(&self, layer: &MethodLayer) -> Result<Vec<MethodWeight>, MoeError> {
+        self.sketch(layer).map(|(weights, _)| weights)
+    }
+
+    /// The fewest tokens of a batch with which every expert's capacity is at least one.
+    ///
+    /// # Errors
+    /// As [`MethodConfig::build`].
+    pub fn least_tokens(&self, layer: &MethodLayer) -> Result<usize, MoeError> {
+        self.sketch(layer).map(|(_, method)| method.least_tokens())
+    }
+
+    /// How the method scores, chooses and weighs, if a published family's router could do the same.
+    ///
+    /// # Errors
+    /// As [`MethodConfig::build`].
+    pub fn settings(&self, layer: &MethodLayer) -> Result<Option<RouterSettings>, MoeError> {
+        self.sketch(layer).map(|(_, method)| method.settings().copied())
+    }
+
+    /// What the weights would be, and the method with weights of width 1.
+    fn sketch(&self, layer: &MethodLayer) -> Result<(Vec<MethodWeight>, Box<dyn RoutingMethod>), MoeError> {
         let mut all = Vec::new();
         let narrow = MethodLayer { hidden: ANY_WIDTH, ..*layer };
-        self.build(&narrow, &mut |name, shape| {
+        let method = self.build(&narrow, &mut |name, shape| {
             let with = |width: usize| shape.iter().map(|&n| if n == ANY_WIDTH { width } else { n }).collect::<Vec<_>>();
             all.push((name.to_owned(), with(layer.hidden)));
             Ok(Param::new(0, name, Tensor::zeros(&with(1))))
         })?;
-        Ok(all)
+        Ok((all, method))
     }
 }
 

@@ -2,11 +2,11 @@
 //! mixes, p = softmax(x G). Three errors: cooperative ‖d − Σ p_i o_i‖²; competitive Σ p_i ‖d − o_i‖²; and the paper's own,
 //! −log Σ p_i exp(−½ ‖d − o_i‖²), whose slopes are −h_i (d − o_i) by o_i and p_i − h_i by the gate's logit, h_i the posterior.
 //!
-//! [`Hierarchy`] is the two-level mixture of Jordan and Jacobs (1994).
+//! [`Hierarchy`] is the two-level mixture of Jordan and Jacobs (1994), by EM or by gradient.
 
 mod hierarchy;
 
-pub use hierarchy::Hierarchy;
+pub use hierarchy::{Hierarchy, Response};
 
 use super::math::logistic;
 use moebius_tensor::Rng;

@@ -32,14 +32,14 @@ mod top_k;
 mod vision;
 
 pub use assignment::auction;
-pub use balancing::{GlobalCounts, global_balance_loss, sequence_balance_loss};
+pub use balancing::sequence_balance_loss;
 pub use depths::{CausalSampler, DepthDecision, MixtureOfDepths, sampler_loss};
 pub use hash::{balanced_table, clustered_table, dispersed_table, random_table};
 pub use method::{MethodConfig, MethodLayer, MethodWeight};
 pub use options::{MakeParam, OptionValue, Options, Setup};
 pub use soft::SoftMoe;
 
-use crate::{MoeError, Plan};
+use crate::{MoeError, Plan, RouterSettings};
 use moebius_tensor::{Graph, Param, Var};
 use std::fmt::Debug;
 use std::rc::Rc;
@@ -118,6 +118,16 @@ pub trait RoutingMethod: Debug + Send + Sync {
         None
     }
 
+    /// How it scores, chooses and weighs, if a published family's router could do the same.
+    fn settings(&self) -> Option<&RouterSettings> {
+        None
+    }
+
+    /// The fewest tokens of a batch with which every expert's capacity is at least one.
+    fn least_tokens(&self) -> usize {
+        1
+    }
+
     /// Told once an optimiser step how many assignments each expert had in the whole batch; for methods that balance
     /// without a gradient.
     fn after_step(&mut self, counts: &[u64]) {
@@ -140,6 +150,14 @@ impl RoutingMethod for Box<dyn RoutingMethod> {
 
     fn initial_deviation(&self, weight: &Param) -> Option<f32> {
         (**self).initial_deviation(weight)
+    }
+
+    fn settings(&self) -> Option<&RouterSettings> {
+        (**self).settings()
+    }
+
+    fn least_tokens(&self) -> usize {
+        (**self).least_tokens()
     }
 
     fn after_step(&mut self, counts: &[u64]) {
@@ -193,3 +211,5 @@ pub fn build(name: &str, setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>
 
 #[cfg(test)]
 mod suite;
+#[cfg(test)]
+mod testing;

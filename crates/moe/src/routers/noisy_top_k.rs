@@ -152,3 +152,51 @@ impl RoutingMethod for NoisyTopK {
         vec![&mut self.gate.gate, &mut self.gate.noise]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{by_scores, close};
+    use super::*;
+    use moebius_kernels::gemm::Precision;
+    use moebius_tensor::Tensor;
+
+    /// Three experts that score 2, 1, 0 on one token and 0, 1, 2 on the other; no noise, for nothing is trained.
+    #[test]
+    fn weights_and_losses_without_noise() {
+        let method = by_scores("noisy_top_k", [3, 2], &[], &|name| match name {
+            "router" => Some(vec![1.0, 0.0, -1.0]),
+            _ => None,
+        });
+        let g = Graph::inference(Precision::F32);
+        let x = Var::constant(Tensor::new(&[2, 2], vec![1.0, 0.0, -1.0, 0.0]));
+        let decision = method.decide(&g, &x, &Context::default()).unwrap();
+        assert_eq!((decision.plan.offsets(), decision.plan.token()), (&[0, 1, 3, 4][..], &[0, 0, 1, 1][..]));
+        let (more, less) = (0.731_058_6_f64, 0.268_941_4_f64);
+        close(decision.weights.data(), &[more, less, less, more].map(|w| w as f32));
+        let variation = |values: [f64; 3]| {
+            let mean = values.iter().sum::<f64>() / 3.0;
+            (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 3.0 / (mean * mean)) as f32
+        };
+        close(decision.losses[0].value.data(), &[variation([more, 2.0 * less, more])]);
+        // Deviation ln 2 + 0.01. On the first token the best has the third's score below it, 2 away; the second has it 1
+        // away; the third would have to pass the second, 1 away.
+        let chance = |gap: f64| normal(gap / (2f64.ln() + 0.01)).0;
+        let outer = chance(2.0) + chance(-1.0);
+        close(decision.losses[1].value.data(), &[variation([outer, 2.0 * chance(1.0), outer])]);
+    }
+
+    #[test]
+    fn noise_is_drawn_in_training_only_and_by_the_seed() {
+        let method = by_scores("noisy_top_k", [3, 2], &[], &|_| None);
+        let x = Var::constant(Tensor::new(&[64, 2], vec![1.0; 128]));
+        let counts = |training: bool, seed: u64| {
+            let g = if training { Graph::training(Precision::F32) } else { Graph::inference(Precision::F32) };
+            method.decide(&g, &x, &Context { seed, ..Context::default() }).unwrap().plan.counts()
+        };
+        // Ties go to the lower index.
+        assert_eq!(counts(false, 1), [64, 64, 0]);
+        let [first, again, other] = [1, 1, 2].map(|seed| counts(true, seed));
+        assert!(first == again && first != other && first.iter().all(|&count| count > 20), "{first:?} {other:?}");
+        assert!(method.params().iter().all(|param| method.initial_deviation(param) == Some(0.0)));
+    }
+}

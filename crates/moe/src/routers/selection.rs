@@ -68,6 +68,11 @@ pub(super) fn capacity(
     Ok((rows - 1e-9).ceil() as usize)
 }
 
+/// The fewest tokens with which [`capacity`] refuses nothing.
+pub(super) fn least_tokens(factor: f64, k: usize, experts: usize) -> usize {
+    (experts as f64 / (factor * k as f64) - 1e-9).ceil() as usize
+}
+
 /// Takes choices in the order given until their expert has `capacity` rows; gives what was taken, in order, and how many
 /// were dropped.
 pub(super) fn fill(
@@ -107,6 +112,11 @@ mod tests {
         assert_eq!(capacity("r", 1.0, 2, 5, 4).unwrap(), 3);
         let message = capacity("r", 0.5, 1, 4, 4).unwrap_err().to_string();
         assert!(message.starts_with("router r: capacity of 0.500 tokens an expert"), "{message}");
+        for (factor, k, experts) in [(0.5, 1, 4), (1.25, 2, 16), (0.07, 1, 3)] {
+            let least = least_tokens(factor, k, experts);
+            assert!(capacity("r", factor, k, least, experts).is_ok());
+            assert!(least == 1 || capacity("r", factor, k, least - 1, experts).is_err());
+        }
     }
 
     #[test]

@@ -53,6 +53,7 @@ const CASES: &[Case] = &[
     Case { words: &[("score", "sigmoid")], options: &[("scale", 2.0)], ..case("top_k", 2, true) },
     Case { words: &[("score", "softmax_of_chosen")], flags: &["bias"], ..case("top_k", 2, true) },
     Case { words: &[("score", "sigmoid_of_chosen")], ..case("top_k", 1, true) },
+    Case { words: &[("score", "sigmoid_of_chosen")], flags: &["weighs_input"], ..case("top_k", 1, true) },
     Case { words: &[("score", "sparse_mixer")], options: &[("jitter", 1.0)], ..case("top_k", 2, true) },
     Case {
         words: &[("group_score", "best")],
@@ -97,7 +98,7 @@ impl Case {
         drop(setup);
         let gate_up = make("gate_up", &[EXPERTS, 6, HIDDEN]).unwrap();
         let down = make("down", &[EXPERTS, HIDDEN, 3]).unwrap();
-        MoeLayer { router, experts: ExpertBank::new(gate_up, down).unwrap() }
+        MoeLayer::by(router, ExpertBank::new(gate_up, down).unwrap())
     }
 
     fn random_layer(&self, seed: u64) -> MoeLayer<Box<dyn RoutingMethod>> {
@@ -195,6 +196,118 @@ fn permuted_experts_give_the_same_answer() {
         assert!(order.iter().enumerate().all(|(to, &from)| b[to] == a[from]), "{}: {a:?} {b:?}", case.label());
         let close = y.data().iter().zip(z.data()).all(|(y, z)| (y - z).abs() < 1e-4);
         assert!(close, "{}", case.label());
+    }
+}
+
+/// Whether an answer depends on where a token stands, when not training: by construction, or because who comes first is
+/// served first.
+fn minds_the_order(case: &Case) -> bool {
+    let by_order = case.name == "vision" && !case.flags.contains(&"batch_priority");
+    by_order || case.name == "forced" && case.words.is_empty()
+}
+
+#[test]
+fn permuted_tokens_give_permuted_answers() {
+    let order: Vec<usize> = (0..TOKENS).map(|t| (5 * t + 3) % TOKENS).collect();
+    for case in CASES.iter().filter(|case| !minds_the_order(case)) {
+        let (layer, x) = (case.random_layer(6), random(&[TOKENS, HIDDEN], 8));
+        let run = |order: &[usize]| {
+            let rows =
+                order.iter().flat_map(|&t| x.data()[t * HIDDEN..(t + 1) * HIDDEN].to_vec()).collect::<Vec<f32>>();
+            let ids: Vec<u32> = order.iter().map(|&t| IDS[t]).collect();
+            let context = Context { token_ids: &ids, starts: &[], seed: 7 };
+            let x = Var::constant(Tensor::new(&[TOKENS, HIDDEN], rows));
+            layer.forward_by(&Graph::inference(Precision::F32), &x, &context).unwrap().0.data().to_vec()
+        };
+        let (straight, permuted) = (run(&(0..TOKENS).collect::<Vec<_>>()), run(&order));
+        for (to, &from) in order.iter().enumerate() {
+            let (a, b) = (&permuted[to * HIDDEN..(to + 1) * HIDDEN], &straight[from * HIDDEN..(from + 1) * HIDDEN]);
+            assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4), "{}: token {from}", case.label());
+        }
+    }
+}
+
+/// Experts that are all one network f: each token gets f(x) times the sum of its weights, and x as often as it skips.
+#[test]
+fn equal_experts_act_as_one() {
+    for case in CASES {
+        let layer = case.layer(&mut |id, shape| {
+            let mut value = random(shape, 100 + id as u64);
+            if shape.len() == 3 {
+                let one = value.data()[..value.data().len() / EXPERTS].to_vec();
+                value.data_mut().chunks_exact_mut(one.len()).for_each(|expert| expert.copy_from_slice(&one));
+            }
+            value
+        });
+        let (g, x) = (Graph::training(Precision::F32), random(&[TOKENS, HIDDEN], 9));
+        let (y, decision) = layer.forward_by(&g, &Var::constant(x.clone()), &context()).unwrap();
+        // Each of the plan's rows by itself, through the first expert.
+        let mut wanted = vec![0.0; TOKENS * HIDDEN];
+        for (&token, &weight) in decision.plan.token().iter().zip(decision.weights.data()) {
+            let at = token as usize * HIDDEN..(token as usize + 1) * HIDDEN;
+            let (before, after) = if layer.router.settings().is_some_and(|settings| settings.weighs_input) {
+                (weight, 1.0)
+            } else {
+                (1.0, weight)
+            };
+            let row = x.data()[at.clone()].iter().map(|x| before * x).collect::<Vec<f32>>();
+            let row = Var::constant(Tensor::new(&[1, HIDDEN], row));
+            let plan = Rc::new(Plan::from_choices(EXPERTS, 1, &[0]).unwrap());
+            let weight = Var::constant(Tensor::new(&[1], vec![after]));
+            let answer = layer.experts.forward(&Graph::inference(Precision::F32), &row, &plan, &weight).unwrap();
+            wanted[at].iter_mut().zip(answer.data()).for_each(|(sum, y)| *sum += y);
+        }
+        if let Some(skip) = &decision.skip {
+            wanted.iter_mut().enumerate().for_each(|(i, sum)| *sum += skip.data()[i / HIDDEN] * x.data()[i]);
+        }
+        let close = y.data().iter().zip(&wanted).all(|(y, wanted)| (y - wanted).abs() < 1e-3);
+        assert!(close, "{}", case.label());
+    }
+}
+
+/// A router that begins by sending nearly all to one expert: by its own losses, its bias, or by construction, the load
+/// becomes even.
+#[test]
+fn every_method_balances() {
+    const MANY: usize = 96;
+    let mut x = random(&[MANY, HIDDEN], 31);
+    x.data_mut().chunks_exact_mut(HIDDEN).for_each(|row| row[0] = 1.0);
+    let ids: Vec<u32> = (0..MANY as u32).map(|t| t * 7 % 10).collect();
+    for case in CASES.iter().filter(|case| case.name != "hash") {
+        let mut layer = case.layer(&mut |id, shape| {
+            let mut value = random(shape, 40 + id as u64);
+            if shape == [EXPERTS, HIDDEN] && id == 0 {
+                value.data_mut()[0] += 5.0;
+            }
+            if shape.len() == 1 {
+                value.data_mut().fill(0.0);
+            }
+            value
+        });
+        let mut violations = Vec::new();
+        for step in 0..600 {
+            let (g, mut gradients) = (Graph::training(Precision::F32), Gradients::new());
+            let load = {
+                let context = Context { token_ids: &ids, starts: &[0, MANY / 2, MANY], seed: step };
+                let decision = layer.router.decide(&g, &g.variable(x.clone()), &context).unwrap();
+                let mut load = LoadStatistics::default();
+                load.add(&decision.plan);
+                let terms: Vec<(f32, &Var)> = decision.losses.iter().map(|loss| (1.0, &loss.value)).collect();
+                let total = ops::weighted_sum(&g, &terms);
+                g.backward(&total, &mut gradients);
+                load
+            };
+            violations.push(load.max_violation());
+            for param in layer.router.params_mut() {
+                let Some(gradient) = gradients.get(param.id()) else { continue };
+                let norm = gradient.iter().map(|d| d * d).sum::<f32>().sqrt().max(1e-6);
+                param.update(|w| w.iter_mut().zip(gradient).for_each(|(w, d)| *w -= 0.02 * d / norm));
+            }
+            layer.router.after_step(&load.counts);
+        }
+        let (first, last) = (violations[0], violations[580..].iter().sum::<f64>() / 20.0);
+        println!("{}: {first} {last}", case.label());
+        assert!(last < 0.6 && !(0.6..=1.0).contains(&first), "{}: MaxVio {first} to {last}", case.label());
     }
 }
 

@@ -4,7 +4,7 @@
 
 use super::balancing::share_loss;
 use super::math::{multiply, row_scores, softmax};
-use super::selection::{by_rank, capacity, fill, plan_of, top_k_rows};
+use super::selection::{by_rank, capacity, fill, least_tokens, plan_of, top_k_rows};
 use super::{AuxiliaryLoss, Context, Decision, RoutingMethod, Setup};
 use crate::MoeError;
 use moebius_tensor::{Graph, Param, Rng, Var, ops};
@@ -66,11 +66,53 @@ impl RoutingMethod for Switch {
         Some((0.1 / weight.shape()[1] as f32).sqrt())
     }
 
+    fn least_tokens(&self) -> usize {
+        least_tokens(self.capacity_factor, 1, self.weight.shape()[0])
+    }
+
     fn params(&self) -> Vec<&Param> {
         vec![&self.weight]
     }
 
     fn params_mut(&mut self) -> Vec<&mut Param> {
         vec![&mut self.weight]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::close;
+    use super::*;
+    use moebius_kernels::gemm::Precision;
+    use moebius_tensor::Tensor;
+
+    /// Two experts that score one coordinate each; tokens by the probability of the first.
+    #[test]
+    fn the_first_tokens_are_served_and_f_counts_all() {
+        let identity = Tensor::new(&[2, 2], vec![1.0, 0.0, 0.0, 1.0]);
+        let switch = |drop_in_inference| Switch {
+            weight: Param::new(0, "router", identity.clone()),
+            capacity_factor: 1.0,
+            jitter: 0.0,
+            balance: 0.01,
+            drop_in_inference,
+        };
+        let p = [0.7_f32, 0.7, 0.8, 0.4];
+        let x = Tensor::new(&[4, 2], p.iter().flat_map(|p| [p.ln(), (1.0 - p).ln()]).collect::<Vec<_>>());
+        let x = Var::constant(x);
+        for (method, training) in &[(switch(false), true), (switch(true), false)] {
+            let g = if *training { Graph::training(Precision::F32) } else { Graph::inference(Precision::F32) };
+            let decision = method.decide(&g, &x, &Context::default()).unwrap();
+            // Capacity 4 / 2: the third token finds the first expert full.
+            assert_eq!((decision.plan.offsets(), decision.plan.token()), (&[0, 2, 3][..], &[0, 1, 3][..]));
+            assert_eq!((decision.capacity, decision.dropped), (Some(2), 1));
+            close(decision.weights.data(), &[0.7, 0.7, 0.6]);
+            // 2 (3/4 · 2.6/4 + 1/4 · 1.4/4).
+            close(decision.losses[0].value.data(), &[2.0 * (0.75 * 0.65 + 0.25 * 0.35)]);
+        }
+        let whole = switch(false);
+        let g = Graph::inference(Precision::F32);
+        let decision = whole.decide(&g, &x, &Context::default()).unwrap();
+        assert_eq!((decision.plan.counts(), decision.capacity, decision.dropped), (vec![3, 1], None, 0));
     }
 }

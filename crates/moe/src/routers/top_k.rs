@@ -46,6 +46,7 @@ pub(super) fn build(setup: &mut Setup<'_>) -> Result<Box<dyn RoutingMethod>, Moe
         logit_bias: setup.flag("bias", false)?,
         groups: groups(setup)?,
         scale: setup.number("scale", 1.0, 1e-6..=1e6)? as f32,
+        weighs_input: setup.flag("weighs_input", false)?,
         ..RouterSettings::softmax(top_k, renormalise)
     };
     if settings.has_no_gradient() {
@@ -83,11 +84,61 @@ impl RoutingMethod for TopK {
         Ok(Decision { losses, ..decision })
     }
 
+    fn settings(&self) -> Option<&RouterSettings> {
+        Some(self.router.settings())
+    }
+
     fn params(&self) -> Vec<&Param> {
         Router::params(&self.router)
     }
 
     fn params_mut(&mut self) -> Vec<&mut Param> {
         Router::params_mut(&mut self.router)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::MethodConfig;
+    use super::super::method::MethodLayer;
+    use crate::routers::{Context, Options};
+    use crate::{ExpertBank, MoeLayer, Plan};
+    use moebius_kernels::gemm::Precision;
+    use moebius_tensor::{Graph, Param, Rng, Tensor, Var};
+    use std::rc::Rc;
+
+    fn random(shape: &[usize], seed: u64) -> Tensor {
+        let mut data = vec![0.0; shape.iter().product()];
+        Rng::new(seed).fill_normal(&mut data, 1.0);
+        Tensor::new(shape, data)
+    }
+
+    /// Llama 4's: the expert of the largest score reads its logistic function times x, and its answer is taken as it is.
+    #[test]
+    fn weights_multiply_what_an_expert_reads() {
+        let bank = || {
+            let param = |id, shape: &[usize]| Param::new(id, "w", random(shape, id as u64));
+            ExpertBank::new(param(1, &[2, 6, 2]), param(2, &[2, 2, 3])).unwrap()
+        };
+        let options = [("score", "sigmoid_of_chosen".into()), ("weighs_input", true.into())];
+        let options: Options = options.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        let layer = MethodLayer { hidden: 2, experts: 2, top_k: 1, vocabulary: 0, causal: true };
+        // Expert 0 scores the first coordinate, expert 1 the second.
+        let mut weight =
+            |name: &str, _: &[usize]| Ok(Param::new(0, name, Tensor::new(&[2, 2], vec![1.0, 0.0, 0.0, 1.0])));
+        let method = MethodConfig { name: "top_k".into(), options }.build(&layer, &mut weight).unwrap();
+        let x = Tensor::new(&[2, 2], vec![2.0, 1.0, -3.0, 0.0]);
+        let (layer, bank) = (MoeLayer::by(method, bank()), bank());
+        let g = Graph::inference(Precision::F32);
+        let (y, decision) = layer.forward_by(&g, &Var::constant(x), &Context::default()).unwrap();
+        assert_eq!(decision.plan.counts(), [1, 1]);
+        let [first, second] = [2.0, 0.0].map(|score: f32| 1.0 / (1.0 + (-score).exp()));
+        let scaled = Tensor::new(&[2, 2], vec![2.0 * first, first, -3.0 * second, 0.0]);
+        let plan = Rc::new(Plan::from_choices(2, 1, &[0, 1]).unwrap());
+        let ones = Var::constant(Tensor::new(&[2], vec![1.0; 2]));
+        let wanted = bank.forward(&g, &Var::constant(scaled), &plan, &ones).unwrap();
+        for (y, wanted) in y.data().iter().zip(wanted.data()) {
+            assert!((y - wanted).abs() < 1e-5, "{y} {wanted}");
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! capacity drops the least important. A group is the whole batch: in a causal model batch priority leaks.
 
 use super::math::{add_scaled, normal, row_scores, scalar, softmax, squared_variation};
-use super::selection::{by_rank, capacity, fill, plan_of, top_k, top_k_rows};
+use super::selection::{by_rank, capacity, fill, least_tokens, plan_of, top_k, top_k_rows};
 use super::{AuxiliaryLoss, Context, Decision, RoutingMethod, Setup};
 use crate::MoeError;
 use moebius_tensor::{Graph, Param, Rng, Tensor, Var, ops};
@@ -105,6 +105,10 @@ impl RoutingMethod for Vision {
         ];
         let decision = Decision::new(plan, weights, logits, probabilities);
         Ok(Decision { losses, capacity: limit, dropped, ..decision })
+    }
+
+    fn least_tokens(&self) -> usize {
+        least_tokens(self.capacity_factor, self.top_k, self.weight.shape()[0])
     }
 
     fn params(&self) -> Vec<&Param> {

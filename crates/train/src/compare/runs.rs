@@ -110,21 +110,28 @@ fn points(records: &[Record], flops_per_step: f64) -> Vec<Point> {
 /// Multiplications and additions of forward and backward for one token: two a weight that takes part, three times over
 /// (Kaplan et al. 2020), and those of attention on half a sequence, the mean of what a token sees.
 ///
-/// Looking an embedding up costs nothing; a tied one is the head and counts as that.
+/// Looking an embedding up costs nothing; a tied one is the head and counts as that. A layer that some tokens go around
+/// counts for its share of them, which see each other alone.
 fn flops_per_token(model: &Model, recipe: &Recipe) -> f64 {
     let chosen = recipe.model.experts_per_token.unwrap_or(1);
+    let share = |layer: usize| model.config.depths.filter(|depths| depths.applies(layer)).map_or(1.0, |d| d.share);
     let mut forward = 0.0;
     for param in model.params() {
         let elements = param.n_elements() as f64;
-        forward += match *param.shape() {
-            _ if param.name() == "embedding" && !recipe.model.tied_embeddings => 0.0,
-            [experts, ..] if param.shape().len() == 3 => 2.0 * elements * chosen as f64 / experts as f64,
-            [_, _] => 2.0 * elements,
-            _ => 0.0,
-        };
+        let layer = param.name().strip_prefix("layers.").and_then(|name| name.split('.').next()?.parse().ok());
+        let share = layer.filter(|_| !param.name().contains(".depth_")).map_or(1.0, &share);
+        forward += share
+            * match *param.shape() {
+                _ if param.name() == "embedding" && !recipe.model.tied_embeddings => 0.0,
+                [experts, ..] if param.shape().len() == 3 => 2.0 * elements * chosen as f64 / experts as f64,
+                [_, _] => 2.0 * elements,
+                _ => 0.0,
+            };
     }
-    let seen = (recipe.train.sequence_length + 1) as f64 / 2.0;
-    forward += recipe.model.layers as f64 * 4.0 * recipe.model.hidden as f64 * seen;
+    for share in (0..recipe.model.layers).map(&share) {
+        let seen = (share * recipe.train.sequence_length as f64 + 1.0) / 2.0;
+        forward += share * 4.0 * recipe.model.hidden as f64 * seen;
+    }
     3.0 * forward
 }
 
@@ -155,6 +162,11 @@ mod tests {
         // Two of four experts of half the width: the same, and the router.
         let sparse = shape.replace("ffn = 16", "ffn = 8\nexperts = 4\nexperts_per_token = 2");
         assert_eq!(count(&sparse), wanted + 3.0 * 2.0 * 2.0 * 4.0 * 8.0);
+        // An eighth of 32 tokens go through the second layer and see 2.5 in the mean; its router is new.
+        let around = count(&format!("{}2\n[depths]\nshare = 0.125", shape.replace("context = 31", "context = 3")));
+        let whole = 2.0 * (4.0 * 64.0 + 3.0 * 128.0) + 4.0 * 8.0 * 16.5;
+        let part = (2.0 * (4.0 * 64.0 + 3.0 * 128.0) + 4.0 * 8.0 * 2.5) / 8.0;
+        assert_eq!(around, 3.0 * (whole + part + 2.0 * 8.0 + 2.0 * 300.0 * 8.0));
     }
 
     #[test]

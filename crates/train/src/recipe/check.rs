@@ -106,6 +106,18 @@ fn model(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
     checks.count("tokenizer.min_frequency", recipe.tokenizer.min_frequency as usize, 1..=1 << 30);
 }
 
+/// Keys that say nothing in a dense model.
+const DENSE_LACKS: [&str; 8] = [
+    "balance.load_balancing",
+    "balance.z",
+    "balance.over",
+    "router",
+    "model.experts_every",
+    "model.dense_ffn",
+    "model.dense_activation",
+    "train.expert_dropout",
+];
+
 /// Sparse or dense, and what goes with each.
 fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
     let model = &recipe.model;
@@ -128,16 +140,22 @@ fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
                 let between = "no such key without dense layers (model.experts_every above 1)";
                 checks.require(model.experts_every > 1, "model.dense_ffn", between, width);
             }
+            if model.dense_activation.is_some() {
+                let between = "no such key without dense layers (model.experts_every above 1)";
+                checks.require(model.experts_every > 1, "model.dense_activation", between, "one");
+            }
             if let (Some(router), Some(top_k), true) = (&recipe.router, chosen, checks.is_empty()) {
                 let (vocabulary, top_k_key) = (recipe.tokenizer.vocab_size, "model.experts_per_token");
-                router.check(&RoutedLayer { experts, top_k, vocabulary, causal: true, top_k_key }, checks);
+                let share = recipe.depths.as_ref().map_or(1.0, |depths| depths.share);
+                let tokens = Some((share * (recipe.train.sequences * recipe.train.sequence_length) as f64) as usize);
+                router.check(&RoutedLayer { experts, top_k, vocabulary, causal: true, tokens, top_k_key }, checks);
             }
         }
         (None, Some(chosen)) => {
             checks.require(false, "model.experts_per_token", "no such key in a dense model (no model.experts)", chosen);
         }
         (None, None) => {
-            for key in ["balance.load_balancing", "balance.z", "router", "model.experts_every", "model.dense_ffn"] {
+            for key in DENSE_LACKS {
                 checks.require(!located.says(key), key, "no such key in a dense model (no model.experts)", "one");
             }
         }
@@ -147,6 +165,7 @@ fn experts(recipe: &Recipe, located: &Located<'_>, checks: &mut Checks) {
     }
     checks.number("balance.load_balancing", recipe.balance.load_balancing, 0.0..=10.0);
     checks.number("balance.z", recipe.balance.z, 0.0..=10.0);
+    checks.number("train.expert_dropout", recipe.train.expert_dropout, 0.0..=0.99);
 }
 
 fn train(recipe: &Recipe, checks: &mut Checks) {

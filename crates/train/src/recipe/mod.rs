@@ -16,6 +16,7 @@ mod watch;
 use std::path::{Path, PathBuf};
 
 use moebius_kernels::gemm::Precision;
+use moebius_model::config::{Gate, QkNorm};
 use serde::{Deserialize, Serialize};
 
 use crate::{Result, TrainError};
@@ -104,6 +105,15 @@ pub struct ModelSection {
     /// Inner width of the dense layers between; `ffn` if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dense_ffn: Option<usize>,
+    /// The non-linearity of experts, or of a dense model's networks.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub activation: Activation,
+    /// That of the dense layers between; `activation` if absent (GLaM: `"gelu"`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense_activation: Option<Activation>,
+    /// How queries and keys are normed.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub qk_norm: RecipeQkNorm,
     /// Number of positions that the model declares (`max_position_embeddings`).
     #[serde(default)]
     pub context: usize,
@@ -116,6 +126,49 @@ pub struct ModelSection {
     /// Whether the output projection is the embedding's own matrix.
     #[serde(default)]
     pub tied_embeddings: bool,
+}
+
+/// `model.qk_norm`: RMSNorm of queries and keys before they are turned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecipeQkNorm {
+    /// None.
+    #[default]
+    None,
+    /// Each head by itself (Qwen3).
+    Head,
+    /// All heads together (OLMoE).
+    Projection,
+}
+
+impl From<RecipeQkNorm> for QkNorm {
+    fn from(norm: RecipeQkNorm) -> Self {
+        match norm {
+            RecipeQkNorm::None => Self::None,
+            RecipeQkNorm::Head => Self::Head,
+            RecipeQkNorm::Projection => Self::Projection,
+        }
+    }
+}
+
+/// `model.activation`: what becomes of a network's gate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activation {
+    /// SwiGLU (Shazeer 2020).
+    #[default]
+    Silu,
+    /// GEGLU (Shazeer 2020), gelu by its tanh form.
+    Gelu,
+}
+
+impl From<Activation> for Gate {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Silu => Self::Silu,
+            Activation::Gelu => Self::GeluTanh,
+        }
+    }
 }
 
 /// `[tokenizer]`: a byte-level BPE, trained on the training texts.
@@ -154,6 +207,9 @@ pub struct TrainSection {
     /// The same for routers and their logits: f32 but to see what bf16 does.
     #[serde(default = "f32", skip_serializing_if = "is_f32")]
     pub router_precision: RecipePrecision,
+    /// Share of the experts' inner activations that is dropped in training (Fedus et al. 2021: 0.4, fine-tuning only).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub expert_dropout: f64,
     /// Whether each layer is computed again in the backward pass instead of keeping its activations.
     #[serde(default)]
     pub checkpoint_activations: bool,
@@ -242,6 +298,22 @@ pub struct BalanceSection {
     /// Coefficient of the router's z-loss; 0: off.
     #[serde(default)]
     pub z: f64,
+    /// Whose choices the load-balancing loss counts, where a step has several micro-batches.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub over: BalanceOver,
+}
+
+/// `balance.over`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BalanceOver {
+    /// The micro-batch's own.
+    #[default]
+    MicroBatch,
+    /// Those of the step's micro-batches so far (Qiu et al. 2025).
+    SoFar,
+    /// The whole step's, counted beforehand by a pass without gradients.
+    Step,
 }
 
 impl Default for TokenizerSection {

@@ -19,6 +19,9 @@ pub struct RouterSection(BTreeMap<String, RouterValue>);
 struct RouterValue(OptionValue);
 
 const NAME: &str = "name";
+const CAPACITY: &str = "capacity_factor";
+/// A folder, not the method's affair: of the model whose embeddings make a hash router's table.
+const EMBEDDINGS: &str = "embeddings";
 
 impl RouterSection {
     /// A method without options.
@@ -28,15 +31,29 @@ impl RouterSection {
 
     /// The method's name; nothing if the section has none, which its check says.
     pub fn name(&self) -> &str {
-        match self.0.get(NAME) {
-            Some(RouterValue(OptionValue::Text(name))) => name,
-            _ => "",
+        self.text(NAME).unwrap_or_default()
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        match self.0.get(key) {
+            Some(RouterValue(OptionValue::Text(text))) => Some(text),
+            _ => None,
         }
+    }
+
+    /// Where a hash router's table comes from, if it says so.
+    pub(crate) fn table(&self) -> Option<&str> {
+        self.text("table").filter(|_| self.name() == "hash")
+    }
+
+    /// The folder of the model whose embeddings are clustered.
+    pub(crate) fn embeddings(&self) -> Option<&str> {
+        self.text(EMBEDDINGS)
     }
 
     /// The method with its options: all other keys.
     pub fn method(&self) -> MethodConfig {
-        let others = self.0.iter().filter(|(key, _)| *key != NAME);
+        let others = self.0.iter().filter(|(key, _)| *key != NAME && *key != EMBEDDINGS);
         let options = others.map(|(key, value)| (key.clone(), value.0.clone())).collect();
         MethodConfig { name: self.name().to_owned(), options }
     }
@@ -49,9 +66,25 @@ impl RouterSection {
             checks.require(false, "router.name", format!("one of {known}"), "none");
             return;
         }
+        let clusters = matches!(self.table(), Some("clustered" | "dispersed"));
+        let wanted = match clusters {
+            true => "the folder of a trained model with the same vocabulary (table = \"clustered\" or \"dispersed\")",
+            false => "no such key (only hash with table = \"clustered\" or \"dispersed\" has it)",
+        };
+        let has = self.0.contains_key(EMBEDDINGS);
+        let found = if has { "one" } else { "none" };
+        checks.require(has == clusters && (!has || self.embeddings().is_some()), "router.embeddings", wanted, found);
         let RoutedLayer { experts, top_k, vocabulary, causal, .. } = *layer;
         let method_layer = MethodLayer { hidden: 1, experts, top_k, vocabulary, causal };
-        let Err(error) = self.method().weights(&method_layer) else { return };
+        let error = match self.method().least_tokens(&method_layer) {
+            Ok(least) => {
+                let tokens = layer.tokens.unwrap_or(least);
+                let wanted = format!("at least {least} tokens that a layer sees at once, for each expert to have one");
+                let key = if self.0.contains_key(CAPACITY) { "router.capacity_factor" } else { "router.name" };
+                return checks.require(tokens >= least, key, wanted, tokens);
+            }
+            Err(error) => error,
+        };
         match error {
             MoeError::Option { key, message, .. } => checks.complain(&format!("router.{key}"), message),
             MoeError::TopK { .. } | MoeError::NoRouterGradient => checks.complain(layer.top_k_key, error.to_string()),
@@ -73,6 +106,8 @@ pub(crate) struct RoutedLayer<'a> {
     pub(crate) vocabulary: usize,
     /// Whether later tokens must not be seen.
     pub(crate) causal: bool,
+    /// Tokens that a layer sees at once, if the recipe says.
+    pub(crate) tokens: Option<usize>,
     /// The recipe's key for `top_k`.
     pub(crate) top_k_key: &'a str,
 }

@@ -57,6 +57,24 @@ fn a_good_recipe_with_its_defaults() {
     assert_eq!(recipe.resolve(Path::new("a.txt")), Path::new("recipes/a.txt"));
 }
 
+/// The recipes that come with the project can be read.
+#[test]
+fn shipped_recipes_are_sound() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
+    let (mut texts, mut images) = (0, 0);
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_string_lossy().starts_with("vision") {
+            crate::vision::VisionRecipe::load(&path).unwrap_or_else(|error| panic!("{error}"));
+            images += 1;
+        } else {
+            Recipe::load(&path).unwrap_or_else(|error| panic!("{error}"));
+            texts += 1;
+        }
+    }
+    assert!(texts >= 17 && images >= 4, "{texts} {images}");
+}
+
 /// Each line: what is replaced, by what, and the whole error.
 #[test]
 fn bad_recipes_name_line_and_key() {
@@ -104,6 +122,17 @@ fn bad_recipes_name_line_and_key() {
         ("steps = 100", "steps = 0", "20: train.steps: wanted 1 to 1099511627776, found 0"),
         ("train = ['a.txt']", "train = []", "15: data.train: wanted at least one text, found none"),
         ("seed = 1", "seed = 9223372036854775808", "19: "),
+        ("seed = 1", "seed = 1\nexpert_dropout = 1", "20: train.expert_dropout: wanted 0 to 0.99, found 1"),
+        (
+            "[balance]",
+            "[balance]\nover = 'layer'",
+            "34: balance.over: wanted one of `micro_batch`, `so_far`, `step`, found `layer`",
+        ),
+        (
+            "ffn = 48",
+            "ffn = 48\ndense_activation = 'gelu'",
+            "7: model.dense_activation: wanted no such key without dense layers",
+        ),
         // Contradictions.
         (
             "heads = 4\nkv",

@@ -16,7 +16,7 @@ mod validation;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use moebius_model::Model;
+use moebius_model::{Counted, Model};
 use moebius_tensor::{Gradients, Param};
 
 use crate::checkpoint::{self, Best, Learner, TrainState};
@@ -26,6 +26,7 @@ use crate::learn::{self, LoadCounts, Losses};
 use crate::metrics::{MetricsLog, Record, StepRecord};
 use crate::optimizer::{Optimizer, StepSettings, clip_factor};
 use crate::progress::{Event, Progress, RunFacts};
+use crate::recipe::BalanceOver;
 use crate::run_folder::RunFolder;
 use crate::samples::SampleWriter;
 use crate::schedule::Schedule;
@@ -208,15 +209,30 @@ impl Trainer {
         let model = &self.learner.model;
         let mut mean = Losses::default();
         self.gradients.clear();
-        for micro_batch in 0..train.accumulation {
-            let numbers = (0..train.sequences).map(|_| self.sampler.next_window()).collect::<Vec<_>>();
-            let batch = self.corpus.train_windows(train.sequence_length, &numbers);
+        let numbers = |_| (0..train.sequences).map(|_| self.sampler.next_window()).collect::<Vec<_>>();
+        let micro_batches: Vec<_> = (0..train.accumulation).map(numbers).collect();
+        // Each micro-batch of a run has its own, the same again after a resumption.
+        let seed_of = |micro_batch: usize| {
+            let number = self.state.step * train.accumulation as u64 + micro_batch as u64;
+            train.seed ^ (number + 1).rotate_left(32)
+        };
+        let over = if train.accumulation == 1 { BalanceOver::MicroBatch } else { self.recipe.balance.over };
+        let mut counted = LoadCounts::default();
+        for (micro_batch, numbers) in micro_batches.iter().enumerate().filter(|_| over == BalanceOver::Step) {
+            let batch = self.corpus.train_windows(train.sequence_length, numbers);
+            learn::count(model, &batch, &self.recipe, seed_of(micro_batch), &mut counted)?;
+        }
+        for (micro_batch, numbers) in micro_batches.iter().enumerate() {
+            let batch = self.corpus.train_windows(train.sequence_length, numbers);
             let target = if micro_batch == 0 { &mut self.gradients } else { &mut self.addend };
             target.clear();
-            // Each micro-batch of a run has its own, the same again after a resumption.
-            let number = self.state.step * train.accumulation as u64 + micro_batch as u64;
-            let seed = train.seed ^ (number + 1).rotate_left(32);
-            let losses = learn::gradients(model, &batch, &self.recipe, seed, target, load)?;
+            let loads = if over == BalanceOver::SoFar { load.loads() } else { counted.loads() };
+            let counted = match over {
+                BalanceOver::MicroBatch => Counted::Batch,
+                BalanceOver::SoFar => Counted::Since(&loads),
+                BalanceOver::Step => Counted::All(&loads),
+            };
+            let losses = learn::gradients(model, &batch, &self.recipe, seed_of(micro_batch), target, counted, load)?;
             mean.add(&losses, 1.0 / train.accumulation as f64);
             if micro_batch > 0 {
                 add_gradients(&mut self.gradients, &self.addend, &model.params());

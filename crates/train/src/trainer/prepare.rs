@@ -13,7 +13,7 @@ use crate::metrics::MetricsLog;
 use crate::progress::{Event, Progress};
 use crate::run_folder::{RunFolder, Start};
 use crate::schedule::Schedule;
-use crate::{Recipe, Result, TrainError, files, learn};
+use crate::{Recipe, Result, TrainError, files, hash_tables, learn};
 
 impl Trainer {
     /// Checks everything, makes or finds the tokens, makes or loads the weights; writes a first checkpoint.
@@ -58,7 +58,8 @@ impl Trainer {
         }
         let corpus = Corpus::prepare(&recipe, data, progress)?;
         progress.event(&Event::Preparing("making the weights"));
-        let model = Model::new(&learn::model_config(&recipe, corpus.tokenizer.vocab_size()), recipe.train.seed)?;
+        let mut model = Model::new(&learn::model_config(&recipe, corpus.tokenizer.vocab_size()), recipe.train.seed)?;
+        hash_tables::fill(&mut model, &recipe, &corpus)?;
         let learner = Learner::new(model, &recipe);
         let state = TrainState::new(&recipe, corpus.digest());
         // With a checkpoint before the first step, a run can be resumed whenever it is killed.

@@ -103,17 +103,18 @@ impl Trainer {
         let path = self.folder.model();
         let dtype = self.recipe.train.export_dtype;
         let best = self.state.best.filter(|_| self.recipe.train.export == Export::Best);
-        let save = |trainer: &Self| model_folder::save(&path, &trainer.learner.model, &trainer.corpus.tokenizer, dtype);
-        match best {
+        let save =
+            |trainer: &Self| model_folder::publish(&path, &trainer.learner.model, &trainer.corpus.tokenizer, dtype);
+        let own_layout = match best {
             Some(best) => {
                 let model = model_folder::load(&self.folder.best_model(best.step))?;
-                model_folder::save(&path, &model, &self.corpus.tokenizer, dtype)?;
+                model_folder::publish(&path, &model, &self.corpus.tokenizer, dtype)?
             }
             None if self.recipe.train.export == Export::Average => self.averaged(save)?,
             None => save(self)?,
-        }
+        };
         let step = best.map_or(self.state.step, |best| best.step);
-        progress.event(&Event::Exported { step, path: &path });
+        progress.event(&Event::Exported { step, path: &path, own_layout: own_layout.as_deref() });
         Ok(())
     }
 }

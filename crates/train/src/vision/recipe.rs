@@ -345,7 +345,8 @@ impl VisionRecipe {
         }
         let (experts, top_k) = (self.vision.experts.unwrap_or(1), self.vision.experts_per_token.unwrap_or(1));
         let top_k_key = "vision.experts_per_token";
-        self.router_section().check(&RoutedLayer { experts, top_k, vocabulary: 0, causal: false, top_k_key }, checks);
+        self.router_section()
+            .check(&RoutedLayer { experts, top_k, vocabulary: 0, causal: false, tokens: None, top_k_key }, checks);
     }
 }
 
