@@ -116,10 +116,13 @@ fn deepseeks_own_files_give_what_their_decoded_numbers_give() {
     assert_eq!(find("kimi_k2").unwrap().name, "deepseek_v3");
 }
 
+/// Makes something wrong of a configuration and its tensors.
+type Change<'c> = dyn Fn(&mut Map<String, Value>, &mut Vec<Stored>) + 'c;
+
 #[test]
 fn other_ways_to_store_fp8_are_refused_by_name() {
     let (config, all) = (config("deepseek_v3_fp8"), stored("deepseek_v3_fp8"));
-    let refused = |change: &dyn Fn(&mut Map<String, Value>, &mut Vec<Stored>)| {
+    let refused = |change: &Change<'_>| {
         let (mut config, mut all) = (config.clone(), all.clone());
         change(&mut config, &mut all);
         open(&config, &all).expect_err("what is wrong is refused")
