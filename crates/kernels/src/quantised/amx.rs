@@ -17,7 +17,7 @@ use std::arch::x86_64::*;
 
 use super::activations::Record;
 use super::driver::ManyRows;
-use super::layout::{BLOCK, GROUPS, LANES, Layout};
+use super::layout::{BLOCK, GROUPS, LANES, Layout, x86};
 use crate::memory::Buffer;
 use crate::tiles::{Configuration, ROW_BYTES, Shape, Tiles, WHOLE};
 
@@ -28,8 +28,6 @@ const CACHED_BLOCKS: usize = 32;
 /// So many tiles of integer sums are written before the first is read: what is just being stored is not there to load.
 const UNDERWAY: usize = 8;
 const SUMS: usize = LANES * LANES;
-/// How far ahead of the codes in use memory is asked for, in bytes.
-const AHEAD: usize = 4096;
 
 /// Parts of a block with their own scales.
 const fn parts<L: Layout>() -> usize {
@@ -145,18 +143,13 @@ impl Columns {
         for index in 0..units * L::UNIT_BLOCKS {
             let (unit, block) = (index / L::UNIT_BLOCKS, index % L::UNIT_BLOCKS);
             let unit = panel[unit * L::UNIT_BYTES..].as_ptr();
-            if block == 0 {
-                for line in 0..L::UNIT_BYTES / 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
-                }
-            }
+            x86::fetch_ahead::<L>(unit, block);
             // SAFETY: the unit is whole, and `self` has room for its blocks.
             unsafe {
-                for half in 0..2 {
-                    for group in L::codes_512(unit, block, half) {
-                        _mm512_store_si512(codes.cast(), _mm512_sub_epi8(group, bias));
-                        codes = codes.add(ROW_BYTES);
-                    }
+                for group in 0..GROUPS {
+                    let group = L::codes_512(unit, block, group);
+                    _mm512_store_si512(codes.cast(), _mm512_sub_epi8(group, bias));
+                    codes = codes.add(ROW_BYTES);
                 }
                 for part in 0..parts::<L>() {
                     let scales = self.scales.as_mut_ptr().add((index * parts::<L>() + part) * LANES);

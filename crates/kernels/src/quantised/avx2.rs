@@ -6,12 +6,10 @@ use std::arch::x86_64::*;
 
 use super::activations::Record;
 use super::driver::Tile;
-use super::layout::{GROUPS, LANES, Layout, Width};
+use super::layout::{GROUPS, LANES, Layout, Width, x86};
 
 /// Rows that one call takes at most.
 pub(super) const ROWS: usize = 4;
-/// How far ahead of the codes in use memory is asked for, in bytes.
-const AHEAD: usize = 4096;
 
 /// One panel times the rows of `tile`, at most [`ROWS`].
 ///
@@ -38,12 +36,10 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
     // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
     unsafe {
         for index in 0..tile.units {
-            if tile.fetch {
-                for line in 0..L::UNIT_BYTES / 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
-                }
-            }
             for block in 0..L::UNIT_BLOCKS {
+                if tile.fetch {
+                    x86::fetch_ahead::<L>(unit, block);
+                }
                 let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
                 for (side, sums) in sums.iter_mut().enumerate() {
                     let products = block_products::<L, N>(unit, block, side, &records);

@@ -4,12 +4,10 @@ use std::arch::x86_64::*;
 
 use super::activations::Record;
 use super::driver::Tile;
-use super::layout::{GROUPS, LANES, Layout};
+use super::layout::{GROUPS, LANES, Layout, x86};
 
-/// Rows that one call takes at most.
-pub(super) const ROWS: usize = 12;
-/// How far ahead of the codes in use memory is asked for, in bytes.
-const AHEAD: usize = 4096;
+/// Rows that one call takes at most: their sums and products fit into the registers.
+pub(super) const ROWS: usize = 8;
 
 /// One panel times the rows of `tile`, at most [`ROWS`].
 ///
@@ -27,10 +25,6 @@ pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
             6 => rows::<L, 6>(tile),
             7 => rows::<L, 7>(tile),
             8 => rows::<L, 8>(tile),
-            9 => rows::<L, 9>(tile),
-            10 => rows::<L, 10>(tile),
-            11 => rows::<L, 11>(tile),
-            12 => rows::<L, 12>(tile),
             rows => unreachable!("a block of {rows} rows"),
         }
     }
@@ -38,42 +32,55 @@ pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
+    const { assert!(GROUPS == 8) };
     let mut sums = [_mm512_setzero_ps(); N];
     let records: [*const Record; N] = std::array::from_fn(|row| tile.rows[row]);
     let mut unit = tile.panel;
     // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
     unsafe {
         for index in 0..tile.units {
-            if tile.fetch {
-                for line in 0..L::UNIT_BYTES / 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
-                }
-            }
             for block in 0..L::UNIT_BLOCKS {
+                if tile.fetch {
+                    x86::fetch_ahead::<L>(unit, block);
+                }
                 let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
                 let mut products = [_mm512_setzero_si512(); N];
-                for half in 0..2 {
-                    // Half of the codes at a time, so that all rows' sums and products fit into the registers too.
-                    let codes = L::codes_512(unit, block, half);
-                    if half == 0 || L::HALVES {
+                // Macros, so that groups and halves are constants for any N: loops over them are not always unrolled.
+                macro_rules! start {
+                    ($half:literal) => {
                         for (product, record) in products.iter_mut().zip(records) {
-                            *product = _mm512_set1_epi32(record.start[half]);
+                            *product = _mm512_set1_epi32(record.start[$half]);
                         }
-                    }
-                    for (group, codes) in codes.into_iter().enumerate() {
+                    };
+                }
+                macro_rules! multiply {
+                    ($($group:literal)*) => {$(
+                        let codes = L::codes_512(unit, block, $group);
                         for (product, record) in products.iter_mut().zip(records) {
-                            let words: *const i32 = record.codes.as_ptr().cast();
-                            let a = _mm512_set1_epi32(words.add(half * GROUPS / 2 + group).read());
+                            let a = _mm512_set1_epi32(record.codes.as_ptr().cast::<i32>().add($group).read());
                             *product = _mm512_dpbusd_epi32(*product, codes, a);
                         }
-                    }
-                    if half == 1 || L::HALVES {
-                        let scales = L::scales_512(unit, block, if L::HALVES { half } else { 0 });
+                    )*};
+                }
+                macro_rules! add {
+                    ($half:literal) => {
+                        let scales = L::scales_512(unit, block, $half);
                         for ((sum, product), record) in sums.iter_mut().zip(products).zip(records) {
                             let scale = _mm512_mul_ps(scales, _mm512_set1_ps(record.scale));
                             *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, *sum);
                         }
-                    }
+                    };
+                }
+                start!(0);
+                multiply!(0 1 2 3);
+                if L::HALVES {
+                    add!(0);
+                    start!(1);
+                    multiply!(4 5 6 7);
+                    add!(1);
+                } else {
+                    multiply!(4 5 6 7);
+                    add!(0);
                 }
                 if L::AFFINE {
                     let mins = L::mins_512(unit, block);

@@ -20,7 +20,7 @@ const CACHED_BYTES: usize = 1 << 19;
 /// At least so many rows share a reading of the weights, even if they leave that cache.
 const SHARING_ROWS: usize = 48;
 /// The most rows that any instruction set's kernel takes.
-const MOST_ROWS: usize = 12;
+const MOST_ROWS: usize = 8;
 /// With fewer rows than this the kernel for many rows, if there is one, loses to the other.
 const MANY_ROWS: usize = 8;
 /// And so it does with so few rows of a last tile.
@@ -180,14 +180,19 @@ fn run_few(
     records: &impl Fn(usize) -> *const Record,
     c: &DisjointMut<f32>,
 ) {
+    if rows.is_empty() {
+        return;
+    }
     let n = matrix.n();
     let row_bytes = matrix.blocks() * size_of::<Record>();
     let together = (CACHED_BYTES / row_bytes.max(1)).max(SHARING_ROWS) / kernel.rows * kernel.rows;
     for first in rows.clone().step_by(together) {
         let rows = first..rows.end.min(first + together);
+        // As few tiles as it takes, of about equal height.
+        let height = rows.len().div_ceil(rows.len().div_ceil(kernel.rows));
         for panel in panels.clone() {
-            for first in rows.clone().step_by(kernel.rows) {
-                let block = first..rows.end.min(first + kernel.rows);
+            for first in rows.clone().step_by(height) {
+                let block = first..rows.end.min(first + height);
                 let mut of_block = [std::ptr::null(); MOST_ROWS];
                 for (record, row) in of_block.iter_mut().zip(block.clone()) {
                     *record = records(row);

@@ -59,12 +59,12 @@ pub(super) trait Layout: 'static {
         [0.0; LANES]
     }
 
-    /// Groups 0 to 3 of a block (half 0), or 4 to 7.
+    /// A group of a block.
     ///
     /// # Safety
     /// `unit` is readable, and the machine has AVX-512.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2];
+    unsafe fn codes_512(unit: *const u8, block: usize, group: usize) -> __m512i;
     /// As [`Layout::scales`].
     ///
     /// # Safety
@@ -141,21 +141,32 @@ pub(super) fn halves(row: &[u8]) -> [f32; LANES] {
 pub(super) mod x86 {
     use std::arch::x86_64::*;
 
-    /// Half of the groups that [`super::put_nibbles`] wrote.
+    use super::Layout;
+
+    /// How far ahead of the codes in use memory is asked for, in bytes.
+    const AHEAD: usize = 8192;
+
+    /// Asks for the lines that stand `AHEAD` bytes behind a block's share of its unit. A whole unit's lines at once would
+    /// be more than a core can wait for: it would stand still.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(in super::super) fn fetch_ahead<L: Layout>(unit: *const u8, block: usize) {
+        let lines = const { (L::UNIT_BYTES / 64).div_ceil(L::UNIT_BLOCKS) };
+        for line in block * lines..(block + 1) * lines {
+            _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
+        }
+    }
+
+    /// A group that [`super::put_nibbles`] wrote.
     ///
     /// # Safety
     /// 256 bytes are readable at `block`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(in super::super) unsafe fn nibbles_512(block: *const u8, half: usize) -> [__m512i; 4] {
-        let mask = _mm512_set1_epi8(15);
-        let mut groups = [_mm512_setzero_si512(); 4];
-        for (group, codes) in groups.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            let pairs = unsafe { _mm512_loadu_si512(block.add(group * 64).cast()) };
-            *codes = _mm512_and_si512(if half == 0 { pairs } else { _mm512_srli_epi16::<4>(pairs) }, mask);
-        }
-        groups
+    pub(in super::super) unsafe fn nibbles_512(block: *const u8, group: usize) -> __m512i {
+        // SAFETY: the caller's promise.
+        let pairs = unsafe { _mm512_loadu_si512(block.add(group % 4 * 64).cast()) };
+        _mm512_and_si512(if group < 4 { pairs } else { _mm512_srli_epi16::<4>(pairs) }, _mm512_set1_epi8(15))
     }
 
     /// Groups `group` and `group + 4` of eight columns.

@@ -123,17 +123,11 @@ impl<C: Codebook> Layout for Q4<C> {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2] {
+    unsafe fn codes_512(unit: *const u8, block: usize, group: usize) -> __m512i {
         // SAFETY: inside the unit.
         unsafe {
-            let mut groups = x86::nibbles_512(unit.add(CODES + block * BLOCK_BYTES), half);
-            if !C::LINEAR {
-                let table = Self::table_512();
-                for group in &mut groups {
-                    *group = _mm512_shuffle_epi8(table, *group);
-                }
-            }
-            groups
+            let codes = x86::nibbles_512(unit.add(CODES + block * BLOCK_BYTES), group);
+            if C::LINEAR { codes } else { _mm512_shuffle_epi8(Self::table_512(), codes) }
         }
     }
 

@@ -70,9 +70,9 @@ impl Layout for Q4K {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2] {
+    unsafe fn codes_512(unit: *const u8, block: usize, group: usize) -> __m512i {
         // SAFETY: inside the unit.
-        unsafe { x86::nibbles_512(unit.add(CODES + block * BLOCK_BYTES), half) }
+        unsafe { x86::nibbles_512(unit.add(CODES + block * BLOCK_BYTES), group) }
     }
 
     #[cfg(target_arch = "x86_64")]

@@ -75,24 +75,19 @@ impl Layout for Q6K {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2] {
+    unsafe fn codes_512(unit: *const u8, block: usize, group: usize) -> __m512i {
         // SAFETY: inside the unit.
         unsafe {
-            let mut groups = x86::nibbles_512(unit.add(LOW + block * LOW_BYTES), half);
-            let mask = _mm512_set1_epi8(0x30);
-            let high = unit.add(HIGH + block * HIGH_BYTES);
-            for parity in 0..2 {
-                let bits = _mm512_loadu_si512(high.add(parity * 64).cast());
-                // Groups 0 and 1 have their high bits lowest, then 2 and 3, 4 and 5, 6 and 7.
-                let (first, second) = if half == 0 {
-                    (_mm512_slli_epi16::<4>(bits), _mm512_slli_epi16::<2>(bits))
-                } else {
-                    (bits, _mm512_srli_epi16::<2>(bits))
-                };
-                groups[parity] = _mm512_or_si512(groups[parity], _mm512_and_si512(first, mask));
-                groups[parity + 2] = _mm512_or_si512(groups[parity + 2], _mm512_and_si512(second, mask));
-            }
-            groups
+            let low = x86::nibbles_512(unit.add(LOW + block * LOW_BYTES), group);
+            let bits = _mm512_loadu_si512(unit.add(HIGH + block * HIGH_BYTES + group % 2 * 64).cast());
+            // Groups 0 and 1 have their high bits lowest, then 2 and 3, 4 and 5, 6 and 7.
+            let high = match group / 2 {
+                0 => _mm512_slli_epi16::<4>(bits),
+                1 => _mm512_slli_epi16::<2>(bits),
+                2 => bits,
+                _ => _mm512_srli_epi16::<2>(bits),
+            };
+            _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)))
         }
     }
 

@@ -44,14 +44,9 @@ impl Layout for Q8 {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn codes_512(unit: *const u8, block: usize, half: usize) -> [__m512i; GROUPS / 2] {
-        let mut groups = [_mm512_setzero_si512(); GROUPS / 2];
-        for (group, codes) in groups.iter_mut().enumerate() {
-            let at = CODES + block * BLOCK_BYTES + (half * GROUPS / 2 + group) * 64;
-            // SAFETY: inside the unit.
-            *codes = unsafe { _mm512_loadu_si512(unit.add(at).cast()) };
-        }
-        groups
+    unsafe fn codes_512(unit: *const u8, block: usize, group: usize) -> __m512i {
+        // SAFETY: inside the unit.
+        unsafe { _mm512_loadu_si512(unit.add(CODES + block * BLOCK_BYTES + group * 64).cast()) }
     }
 
     #[cfg(target_arch = "x86_64")]
