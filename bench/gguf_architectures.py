@@ -106,9 +106,8 @@ CASES = {
     "gpt-oss, YaRN": ("gpt_oss", dict(SIZES, **LOCAL, head_dim=16, sliding_window=6,
                                       rope_parameters={**YARN, "truncate": False}),
                       "ends of YaRN's ramp rounded to whole pairs"),
-    # Of transformers' families none: the fixture of the tests. With all experts chosen, weights sum to one.
-    "grok, all experts": ("grok-1", dict(num_experts_per_tok=4), None),
-    "grok": ("grok-1", dict(), "weights of experts divided by their sum"),
+    # None of transformers' families: the fixture of the tests.
+    "grok": ("grok-1", dict(), "GELU from a table of 16-bit numbers"),
 }
 FIXTURES = ROOT / "crates" / "model" / "tests" / "fixtures"
 

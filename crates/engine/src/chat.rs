@@ -292,6 +292,7 @@ fn environment() -> Environment<'static> {
     environment.set_unknown_method_callback(python::method);
     environment.set_formatter(python::print);
     environment.add_test("iterable", python::is_iterable);
+    environment.add_filter("string", python::string);
     environment.add_filter("tojson", python::to_json);
     environment.add_function("raise_exception", python::raise_exception);
     environment.add_function("strftime_now", python::time_now);

@@ -13,7 +13,7 @@ use crate::error::ApiError;
 use crate::keys::Keys;
 use crate::metrics::Metrics;
 use crate::options::ServeOptions;
-use crate::parts::tools::ToolFormat;
+use crate::parts::calls::ToolFormat;
 
 /// A model with what belongs to it.
 pub struct ServedModel {

@@ -189,6 +189,96 @@ fn a_tool_that_must_be_called_is_called() {
 }
 
 #[test]
+fn every_form_of_calls_can_be_demanded() {
+    let parameters = json!({"type": "object", "required": ["city", "days"], "additionalProperties": false, "properties": {
+        "city": {"type": "string", "enum": ["Ulm", "Bonn"]}, "days": {"enum": [1, 2]}, "exact": {"type": "boolean"}}});
+    let tools = json!([{"type": "function", "function": {"name": "weather", "parameters": parameters}}]);
+    let fields = json!({"tools": tools, "tool_choice": "required", "max_tokens": 1300, "seed": 5, "temperature": 2,
+        "parallel_tool_calls": false});
+    for marks in [
+        "<tool_call>",
+        "<tool_call><function=a><parameter=b>",
+        "<tool_call>{name}<arg_key>",
+        "<minimax:tool_call></minimax:tool_call>",
+        "<｜tool▁calls▁begin｜>```json",
+        "<｜tool▁calls▁begin｜>",
+        "<|tool_calls_section_begin|>",
+        "[TOOL_CALLS]",
+        "[TOOL_CALLS][ARGS]",
+        "<|tool_call|>",
+        "<|tool_list_start|>",
+        "<|python_start|>",
+        "<|channel|>",
+    ] {
+        let template = format!("{{# {marks} #}}{{% for message in messages %}}<{{{{ message.role }}}}>{{% endfor %}}");
+        let server = Running::with_template(options(), &template);
+        let answer = server.chat("?", fields.clone()).ok();
+        let choice = &answer["choices"][0];
+        assert_eq!(choice["finish_reason"], "tool_calls", "{marks}: {answer}");
+        let call = &choice["message"]["tool_calls"][0]["function"];
+        let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+        assert!(call["name"] == "weather" && ["Ulm", "Bonn"].contains(&arguments["city"].as_str().unwrap()), "{marks}");
+        assert!([json!(1), json!(2)].contains(&arguments["days"]), "{marks}: {arguments}");
+        let mut streaming = fields.clone();
+        streaming["stream"] = json!(true);
+        let events = server.chat("?", streaming).events();
+        let deltas: Vec<&Value> =
+            events.iter().filter_map(|event| event["choices"][0]["delta"].get("tool_calls")).collect();
+        assert_eq!((deltas.len(), &deltas[0][0]["function"]), (1, call), "{marks}");
+    }
+}
+
+#[test]
+fn responses_have_scores_where_asked_for() {
+    let server = Running::start(options());
+    let mut request = json!({"model": "small", "input": "Guten Tag", "max_output_tokens": 12, "seed": 4});
+    let plain = server.post("/v1/responses", &request).ok();
+    assert_eq!(plain["output"][0]["content"][0]["logprobs"], json!([]));
+    request["include"] = json!(["message.output_text.logprobs"]);
+    request["top_logprobs"] = json!(2);
+    let whole = server.post("/v1/responses", &request).ok();
+    let part = &whole["output"][0]["content"][0];
+    let scores = part["logprobs"].as_array().unwrap();
+    assert_eq!(part["text"], plain["output"][0]["content"][0]["text"]);
+    let bytes: Vec<u8> = (scores.iter().flat_map(|score| score["bytes"].as_array().unwrap()))
+        .map(|byte| byte.as_u64().unwrap() as u8)
+        .collect();
+    assert_eq!(part["text"], *String::from_utf8_lossy(&bytes));
+    assert!(scores.iter().all(|score| score["logprob"].as_f64().unwrap() <= 0.0));
+    assert_eq!(scores[0]["top_logprobs"].as_array().unwrap().len(), 2);
+    assert_eq!(whole["usage"]["output_tokens_details"]["reasoning_tokens"], 0);
+    request["stream"] = json!(true);
+    let events = server.post("/v1/responses", &request).events();
+    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+    let streamed: Vec<Value> = deltas.flat_map(|event| event["logprobs"].as_array().unwrap().clone()).collect();
+    let done = events.iter().find(|event| event["type"] == "response.output_text.done").unwrap();
+    assert_eq!((&json!(streamed), &done["logprobs"]), (&part["logprobs"], &part["logprobs"]));
+    assert_eq!(events.last().unwrap()["response"]["output"][0]["content"][0]["logprobs"], part["logprobs"]);
+    request["top_logprobs"] = json!(21);
+    assert_eq!(server.post("/v1/responses", &request).error()["param"], "top_logprobs");
+}
+
+#[test]
+fn thoughts_are_counted() {
+    // The prompt opens the thoughts, and nothing closes them.
+    let server = Running::with_template(options(), "{{ messages[0].content }}<think>");
+    let fields = json!({"seed": 3, "max_tokens": 20});
+    let whole = server.chat("a", fields.clone()).ok();
+    let counted = |usage: &Value| usage["completion_tokens_details"]["reasoning_tokens"].as_u64().unwrap();
+    let written = whole["usage"]["completion_tokens"].as_u64().unwrap();
+    assert!(written > 0 && counted(&whole["usage"]) == written, "{whole}");
+    let mut streaming = fields;
+    streaming["stream"] = json!(true);
+    streaming["stream_options"] = json!({"include_usage": true});
+    let events = server.chat("a", streaming).events();
+    assert_eq!(counted(&events.last().unwrap()["usage"]), written);
+    let request = json!({"model": "small", "input": "a", "seed": 3, "max_output_tokens": 20, "top_logprobs": 1});
+    let response = server.post("/v1/responses", &request).ok();
+    assert_eq!(response["usage"]["output_tokens_details"]["reasoning_tokens"], written);
+    assert_eq!(response["output"][0]["type"], "reasoning");
+}
+
+#[test]
 fn completions_take_all_kinds_of_prompts() {
     let server = Running::start(options());
     let ask = |fields: Value| {

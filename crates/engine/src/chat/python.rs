@@ -113,6 +113,19 @@ pub(super) fn print(out: &mut Output, state: &mut State, value: &Value) -> Resul
     }
 }
 
+/// The filter `string`: Python's `str`, which is `repr` but for texts.
+pub(super) fn string(value: &Value) -> Result<Value, Error> {
+    match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => {
+            let mut text = String::new();
+            write_repr(&mut text, value, 0)?;
+            Ok(Value::from(text))
+        }
+        ValueKind::String => Ok(value.clone()),
+        _ => Ok(Value::from(value.to_string())),
+    }
+}
+
 /// Python's `repr`. minijinja's own differs in fractions: 1e-5 where Python has 1e-05.
 fn write_repr(out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
     if depth > DEEPEST {
@@ -341,6 +354,15 @@ mod tests {
         let written: Vec<String> =
             [1.0, 0.1, 1e-5, 1e16, 1.5e300, 123_456.789, -0.0].iter().map(|&n| python_float(n)).collect();
         assert_eq!(written, ["1.0", "0.1", "1e-05", "1e+16", "1.5e+300", "123456.789", "-0.0"]);
+    }
+
+    #[test]
+    fn values_become_texts_as_in_python() {
+        let json = value(&serde_json::json!({"a": [1e-5, 2, "x"]}));
+        for (value, wanted) in [(json, "{'a': [1e-05, 2, 'x']}"), (Value::from(1e-5), "1e-05"), (Value::from("x"), "x")]
+        {
+            assert_eq!(string(&value).unwrap().as_str(), Some(wanted));
+        }
     }
 
     #[test]

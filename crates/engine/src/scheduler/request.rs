@@ -121,13 +121,15 @@ pub enum Dropped {
     ShuttingDown,
 }
 
-/// Text that became certain, with the tokens that it is made of if their scores were asked for.
+/// Text that became certain, with how many tokens made it, and these if their scores were asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Piece {
     /// Never half a character, never part of a stop string; may be empty where scores are given.
     pub text: String,
     /// The tokens.
     pub scores: Vec<TokenScore>,
+    /// Tokens that were written for it.
+    pub tokens: usize,
 }
 
 /// A token's logarithmic probability among all tokens, before any sampling option.

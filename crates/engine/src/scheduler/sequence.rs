@@ -61,6 +61,8 @@ struct Writer<'m> {
     /// Bytes of text made, and those of it given out.
     made: usize,
     shown: usize,
+    /// Tokens that no piece of text has told of yet.
+    untold: usize,
     log_probability: f64,
     prompt_scores: Vec<TokenScore>,
     /// How it ends once the last token was read for its experts.
@@ -293,6 +295,7 @@ impl<'m> Writer<'m> {
             held: VecDeque::new(),
             made: 0,
             shown: 0,
+            untold: 0,
             log_probability: 0.0,
             prompt_scores: Vec::new(),
             ending: None,
@@ -371,6 +374,7 @@ impl<'m> Writer<'m> {
         }
         let piece = self.text.push(token)?;
         self.made += piece.len();
+        self.untold += 1;
         if let Some(last) = self.held.back_mut() {
             last.1 = self.made;
         }
@@ -388,12 +392,12 @@ impl<'m> Writer<'m> {
     fn flush(&mut self, receiver: &mut dyn Receiver) -> ControlFlow<()> {
         let rest = self.stop.finish();
         self.emit(rest, false, receiver)?;
-        if self.held.is_empty() {
+        if self.held.is_empty() && self.untold == 0 {
             return ControlFlow::Continue(());
         }
         // Tokens whose text never became whole.
         let scores = self.held.drain(..).map(|(.., score)| score).collect();
-        receiver.news(News::Text(Piece { text: String::new(), scores }))
+        receiver.news(News::Text(Piece { text: String::new(), scores, tokens: std::mem::take(&mut self.untold) }))
     }
 
     /// Gives out text with the tokens that it is made of: those that end in it, and where it is the last text before a
@@ -409,7 +413,7 @@ impl<'m> Writer<'m> {
         if text.is_empty() && scores.is_empty() {
             return ControlFlow::Continue(());
         }
-        receiver.news(News::Text(Piece { text, scores }))
+        receiver.news(News::Text(Piece { text, scores, tokens: std::mem::take(&mut self.untold) }))
     }
 }
 

@@ -12,11 +12,12 @@ use serde_json::{Map, Value, json};
 use super::request;
 use crate::body::JsonBody;
 use crate::error::ApiError;
+use crate::parts::calls::Call;
 use crate::parts::conversation::Ask;
 use crate::parts::generation::{Caller, Running, Usage, Written};
 use crate::parts::output::{Answer, OutputReader};
 use crate::parts::sampling::{Ignored, choices, refuse, top_scores};
-use crate::parts::tools::{Call, Tool, ToolChoice, ToolChoiceField};
+use crate::parts::tools::{Tool, ToolChoice, ToolChoiceField};
 use crate::sse::stream_events;
 use crate::state::{App, now};
 
@@ -224,7 +225,8 @@ impl Answering {
         for (index, written) in all.iter().enumerate() {
             written.outcome.iter().for_each(|outcome| usage.add(outcome));
             routing.extend(written.experts.iter().map(|experts| self.app.routing_entry(experts)));
-            let answer = Answer::read(self.reader.clone(), &written.text);
+            let answer = Answer::read(self.reader.clone(), written);
+            usage.reasoning += answer.thought_tokens;
             let mut message = Map::new();
             message.insert("role".into(), "assistant".into());
             let silent = answer.text.is_empty() && !answer.calls.is_empty();
@@ -238,7 +240,7 @@ impl Answering {
             if called {
                 message.insert("tool_calls".into(), calls.into());
             }
-            let scores: Vec<Value> = written.scores.iter().map(|score| self.app.chat_score(score)).collect();
+            let scores: Vec<Value> = written.scores.iter().flatten().map(|score| self.app.chat_score(score)).collect();
             choices.push(json!({
                 "index": index,
                 "message": message,

@@ -205,7 +205,7 @@ impl Asked {
                     scores.add_prompt(&self.app, first, &written.prompt_scores);
                 }
                 scores.offset = text.chars().count();
-                scores.add(&self.app, &written.scores);
+                scores.add(&self.app, &written.scores.concat());
                 text.push_str(&written.text);
                 choices.push(json!({
                     "index": choices.len(),

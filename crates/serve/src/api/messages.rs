@@ -12,11 +12,12 @@ use serde_json::{Map, Value, json};
 
 use crate::body::JsonBody;
 use crate::error::{AnthropicError, ApiError};
+use crate::parts::calls::Call;
 use crate::parts::conversation::Ask;
 use crate::parts::generation::{Caller, Running, Written};
 use crate::parts::output::{Answer, OutputReader};
 use crate::parts::sampling::{Ignored, OneOrMany, SamplingFields, check_range};
-use crate::parts::tools::{Call, Tool, ToolChoice};
+use crate::parts::tools::{Tool, ToolChoice};
 use crate::sse::stream_events;
 use crate::state::App;
 
@@ -246,7 +247,7 @@ fn read_message(message: &Value, at: &str, to: &mut Vec<Value>) -> Result<(), Ap
 
 impl Answering {
     fn whole(&self, written: &Written) -> Value {
-        let answer = Answer::read(self.reader.clone(), &written.text);
+        let answer = Answer::read(self.reader.clone(), written);
         let mut content = Vec::new();
         if !answer.thoughts.is_empty() {
             content.push(json!({"type": "thinking", "thinking": answer.thoughts, "signature": ""}));

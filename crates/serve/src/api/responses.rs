@@ -6,18 +6,19 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use moebius_engine::Grammar;
-use moebius_engine::scheduler::Outcome;
+use moebius_engine::scheduler::{Outcome, TokenScore};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::request;
 use crate::body::JsonBody;
 use crate::error::ApiError;
+use crate::parts::calls::Call;
 use crate::parts::conversation::Ask;
 use crate::parts::generation::{Caller, Running, Written, finish_reason};
-use crate::parts::output::{Answer, OutputReader};
-use crate::parts::sampling::{Ignored, refuse};
-use crate::parts::tools::{Call, Tool, ToolChoice, ToolChoiceField};
+use crate::parts::output::{Answer, Delta, OutputReader};
+use crate::parts::sampling::{Ignored, refuse, top_scores};
+use crate::parts::tools::{Tool, ToolChoice, ToolChoiceField};
 use crate::sse::stream_events;
 use crate::state::{App, now};
 
@@ -42,6 +43,10 @@ request! {
         parallel_tool_calls: Option<bool>,
         /// What the text must be.
         text: Option<TextField>,
+        /// What is told besides: of these, the scores of the text's tokens.
+        include: Option<Vec<String>>,
+        /// Scores of so many of the likeliest tokens beside each.
+        top_logprobs: Option<usize>,
         /// How much is thought first, for templates that know it.
         reasoning: Option<Reasoning>,
         /// Not supported: nothing is stored.
@@ -57,8 +62,8 @@ request! {
         /// Echoed.
         metadata: Option<Map<String, Value>>,
     } ignored {
-        user, store, include, truncation, service_tier, safety_identifier, prompt_cache_key, prompt_cache_retention,
-        top_logprobs, max_tool_calls, stream_options,
+        user, store, truncation, service_tier, safety_identifier, prompt_cache_key, prompt_cache_retention,
+        max_tool_calls, stream_options,
     }
 }
 
@@ -140,6 +145,7 @@ fn echo(app: &App, id: &str, request: &ResponsesRequest) -> Value {
         "text": {"format": format.unwrap_or_else(|| json!({"type": "text"}))},
         "tool_choice": choice,
         "tools": request.tools.clone().unwrap_or_default(),
+        "top_logprobs": request.top_logprobs.unwrap_or(0),
         "top_p": request.top_p.or(app.defaults.top_p).unwrap_or(1.0),
         "truncation": "disabled",
         "usage": null,
@@ -179,8 +185,14 @@ fn read(mut request: ResponsesRequest) -> Result<Ask, ApiError> {
     }
     let parallel = request.parallel_tool_calls.unwrap_or(true);
     let routing = request.routing.unwrap_or(false);
-    Ok(Ask { messages, tools, choice, parallel, variables, form, fields, n: 1, scores: None, routing })
+    let top = top_scores("top_logprobs", request.top_logprobs)?;
+    let is_told = request.include.iter().flatten().any(|what| what == SCORES);
+    let scores = (is_told || top > 0).then_some(top);
+    Ok(Ask { messages, tools, choice, parallel, variables, form, fields, n: 1, scores, routing })
 }
+
+/// What `include` calls the scores of the text's tokens.
+const SCORES: &str = "message.output_text.logprobs";
 
 /// The form that `text.format` asks for.
 fn read_format(format: Value) -> Result<Option<Grammar>, ApiError> {
@@ -234,23 +246,37 @@ fn read_item(mut item: Value, at: &str, to: &mut Vec<Value>) -> Result<(), ApiEr
 
 impl Answering {
     fn whole(&self, written: &Written) -> Value {
-        let answer = Answer::read(self.reader.clone(), &written.text);
+        let answer = Answer::read(self.reader.clone(), written);
+        let scores = self.text_scores(written);
         let mut output = Vec::new();
         if !answer.thoughts.is_empty() {
             output.push(reasoning_item(&self.app.new_id("rs_"), &answer.thoughts));
         }
         if !answer.text.is_empty() || answer.calls.is_empty() {
-            output.push(message_item(&self.app.new_id("msg_"), &answer.text, "completed"));
+            output.push(message_item(&self.app.new_id("msg_"), &answer.text, &scores, "completed"));
         }
         output.extend(answer.calls.iter().map(|call| call_item(&self.app, call)));
-        let mut object = self.completed(output, written.outcome.as_ref());
+        let mut object = self.completed(output, written.outcome.as_ref(), answer.thought_tokens);
         if self.routing {
             object["routing"] = written.experts.iter().map(|experts| self.app.routing_entry(experts)).collect();
         }
         object
     }
 
-    fn completed(&self, output: Vec<Value>, outcome: Option<&Outcome>) -> Value {
+    /// The scores of the tokens that made the text, not thoughts or calls.
+    fn text_scores(&self, written: &Written) -> Vec<Value> {
+        let (mut scores, mut reader, mut from) = (TextScores::default(), self.reader.clone(), 0);
+        for (&(length, tokens), piece) in written.pieces.iter().zip(&written.scores) {
+            let was_thinking = reader.is_thinking();
+            let deltas = reader.push(&written.text[from..from + length], tokens);
+            from += length;
+            scores.add(piece, was_thinking || reader.is_thinking(), &deltas);
+        }
+        scores.add(&[], false, &reader.finish());
+        scores.told.iter().map(|score| self.app.chat_score(score)).collect()
+    }
+
+    fn completed(&self, output: Vec<Value>, outcome: Option<&Outcome>, thought_tokens: usize) -> Value {
         let mut object = self.object.clone();
         object["id"] = self.id.clone().into();
         object["output"] = output.into();
@@ -264,7 +290,7 @@ impl Answering {
                 "input_tokens": outcome.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": outcome.cached_tokens},
                 "output_tokens": outcome.generated_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": thought_tokens},
                 "total_tokens": outcome.prompt_tokens + outcome.generated_tokens,
             });
         }
@@ -272,12 +298,34 @@ impl Answering {
     }
 }
 
-fn text_part(text: &str) -> Value {
-    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
+/// Scores of the tokens that make text, sorted out while it is read.
+#[derive(Default)]
+struct TextScores {
+    /// Of tokens whose text is held back.
+    held: Vec<TokenScore>,
+    told: Vec<TokenScore>,
 }
 
-fn message_item(id: &str, text: &str, status: &str) -> Value {
-    let content = if status == "in_progress" { json!([]) } else { json!([text_part(text)]) };
+impl TextScores {
+    /// Takes a piece's scores and what became certain with it; gives where those begin that belong to text.
+    fn add(&mut self, scores: &[TokenScore], is_thought: bool, deltas: &[Delta]) -> usize {
+        let from = self.told.len();
+        self.held.extend_from_slice(scores);
+        if is_thought || deltas.iter().any(|delta| matches!(delta, Delta::Call(_))) {
+            self.held.clear();
+        } else if deltas.iter().any(|delta| matches!(delta, Delta::Text(_))) {
+            self.told.append(&mut self.held);
+        }
+        from
+    }
+}
+
+fn text_part(text: &str, scores: &[Value]) -> Value {
+    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": scores})
+}
+
+fn message_item(id: &str, text: &str, scores: &[Value], status: &str) -> Value {
+    let content = if status == "in_progress" { json!([]) } else { json!([text_part(text, scores)]) };
     json!({"id": id, "type": "message", "status": status, "role": "assistant", "content": content})
 }
 

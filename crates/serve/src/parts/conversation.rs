@@ -4,10 +4,11 @@ use moebius_engine::scheduler::Generate;
 use moebius_engine::{Constraint, Grammar};
 use serde_json::{Map, Value, json};
 
+use super::calls::ToolFormat;
 use super::output::OutputReader;
 use super::prompt::{Chat, blocking};
 use super::sampling::SamplingFields;
-use super::tools::{Tool, ToolChoice, ToolFormat, instructions};
+use super::tools::{Tool, ToolChoice, instructions};
 use crate::error::ApiError;
 use crate::state::App;
 
@@ -66,7 +67,7 @@ impl Ask {
         }
         let rendered = app.render(conversation(app, self.messages, offered, self.variables)).await?;
         let thinks = app.template.as_ref().is_some_and(|template| template.source().contains("<think>"));
-        let reader = OutputReader::new(app.tool_format, !offered.is_empty(), thinks, rendered.in_thoughts);
+        let reader = OutputReader::new(app.tool_format, offered, thinks, rendered.in_thoughts);
         Ok(Ready { prompt: rendered.tokens, generates, reader })
     }
 }

@@ -130,9 +130,10 @@ impl Running {
         while let Some((index, news)) = self.next().await? {
             let written = &mut all[index];
             match news {
-                News::Text(Piece { text, scores }) => {
+                News::Text(Piece { text, scores, tokens }) => {
                     written.text.push_str(&text);
-                    written.scores.extend(scores);
+                    written.pieces.push((text.len(), tokens));
+                    written.scores.push(scores);
                 }
                 News::PromptScores(scores) => written.prompt_scores = scores,
                 News::Experts(experts) => written.experts.push(experts),
@@ -150,8 +151,10 @@ impl Running {
 pub struct Written {
     /// The text.
     pub text: String,
-    /// Its tokens' scores, where asked for.
-    pub scores: Vec<TokenScore>,
+    /// The pieces that it came in: bytes, and tokens that made them.
+    pub pieces: Vec<(usize, usize)>,
+    /// Its tokens' scores by piece, where asked for.
+    pub scores: Vec<Vec<TokenScore>>,
     /// The prompt's, from its second token on.
     pub prompt_scores: Vec<TokenScore>,
     /// Each token's experts, where asked for.
@@ -186,6 +189,8 @@ pub struct Usage {
     pub cached: usize,
     /// Tokens written.
     pub completion: usize,
+    /// Those of them that made thoughts.
+    pub reasoning: usize,
 }
 
 impl Usage {
@@ -203,6 +208,7 @@ impl Usage {
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
         })
     }
 }

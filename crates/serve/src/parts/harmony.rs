@@ -4,8 +4,8 @@
 //! a tool: `<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{…}`. The marks are special tokens, so the
 //! text has to be made with them.
 
+use super::calls::Call;
 use super::output::Delta;
-use super::tools::Call;
 
 const MESSAGE: &str = "<|message|>";
 /// Marks that end a message; the last two only where they are no end tokens.
@@ -32,6 +32,11 @@ impl HarmonyReader {
     /// A reader behind `<|start|>assistant`, with which the prompt ends.
     pub fn new() -> Self {
         Self { kind: Kind::Header, held: String::new() }
+    }
+
+    /// Whether thoughts are being written.
+    pub fn is_thinking(&self) -> bool {
+        self.kind == Kind::Thoughts
     }
 
     /// Takes a piece; gives what became certain.
@@ -103,7 +108,8 @@ mod tests {
         let text = "<|channel|>analysis<|message|>a < b<|end|><|start|>assistant<|channel|>commentary to=functions.f \
                     <|constrain|>json<|message|>{\"x\": 1}<|call|><|start|>assistant<|channel|>final<|message|>so <|be it";
         let call = Call { name: "f".into(), arguments: "{\"x\": 1}".into() };
-        let wanted = Answer { text: "so <|be it".into(), thoughts: "a < b".into(), calls: vec![call] };
+        let wanted =
+            Answer { text: "so <|be it".into(), thoughts: "a < b".into(), calls: vec![call], thought_tokens: 0 };
         let letters: Vec<char> = text.chars().collect();
         for size in 1..40 {
             let (mut reader, mut answer) = (HarmonyReader::new(), Answer::default());

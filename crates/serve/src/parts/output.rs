@@ -1,7 +1,10 @@
 //! What a model wrote, told apart: thoughts, text, calls of tools, while it is still writing.
 
+use super::calls::{Call, ToolFormat};
+use super::generation::Written;
 use super::harmony::HarmonyReader;
-use super::tools::{Call, ToolFormat};
+use super::tools::Tool;
+use std::sync::Arc;
 
 const THOUGHTS_OPEN: &str = "<think>";
 const THOUGHTS_CLOSE: &str = "</think>";
@@ -29,7 +32,13 @@ enum Place {
 
 /// Reads an answer piece by piece.
 #[derive(Clone, Debug)]
-pub enum OutputReader {
+pub struct OutputReader {
+    form: Form,
+    thought_tokens: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Form {
     /// Text in which marks stand.
     Marks(MarkReader),
     /// Messages in channels.
@@ -38,28 +47,63 @@ pub enum OutputReader {
 
 impl OutputReader {
     /// A reader for a model whose calls have a form: at the beginning of an answer, or inside the thoughts that the prompt
-    /// has opened. `offered` says whether there are tools to be called.
-    pub fn new(format: ToolFormat, offered: bool, thinks: bool, in_thoughts: bool) -> Self {
-        match format {
-            ToolFormat::Harmony => Self::Harmony(HarmonyReader::new()),
-            format => Self::Marks(MarkReader::new(thinks, in_thoughts, offered.then_some(format))),
-        }
+    /// has opened. `tools` are those that may be called.
+    pub fn new(format: ToolFormat, tools: &[Tool], thinks: bool, in_thoughts: bool) -> Self {
+        let form = match format {
+            ToolFormat::Harmony => Form::Harmony(HarmonyReader::new()),
+            format => {
+                let calls = (!tools.is_empty()).then(|| Calls { format, tools: tools.into() });
+                Form::Marks(MarkReader::new(thinks, in_thoughts, calls))
+            }
+        };
+        Self { form, thought_tokens: 0 }
     }
 
-    /// Takes a piece; gives what became certain.
-    pub fn push(&mut self, piece: &str) -> Vec<Delta> {
-        match self {
-            Self::Marks(reader) => reader.push(piece),
-            Self::Harmony(reader) => reader.push(piece),
+    /// Takes a piece, which so many tokens made; gives what became certain.
+    pub fn push(&mut self, piece: &str, tokens: usize) -> Vec<Delta> {
+        let was_thinking = self.is_thinking();
+        let deltas = match &mut self.form {
+            Form::Marks(reader) => reader.push(piece),
+            Form::Harmony(reader) => reader.push(piece),
+        };
+        if was_thinking || self.is_thinking() {
+            self.thought_tokens += tokens;
         }
+        deltas
     }
 
     /// What was held back, when nothing more will come.
     pub fn finish(&mut self) -> Vec<Delta> {
-        match self {
-            Self::Marks(reader) => reader.finish(),
-            Self::Harmony(reader) => reader.finish(),
+        match &mut self.form {
+            Form::Marks(reader) => reader.finish(),
+            Form::Harmony(reader) => reader.finish(),
         }
+    }
+
+    /// Tokens that made the thoughts so far, with the marks around them.
+    pub fn thought_tokens(&self) -> usize {
+        self.thought_tokens
+    }
+
+    /// Whether the answer is inside of its thoughts.
+    pub fn is_thinking(&self) -> bool {
+        match &self.form {
+            Form::Marks(reader) => reader.place == Place::Thoughts,
+            Form::Harmony(reader) => reader.is_thinking(),
+        }
+    }
+}
+
+/// The form of calls, and the tools that may be called.
+#[derive(Clone, Debug)]
+pub struct Calls {
+    format: ToolFormat,
+    tools: Arc<[Tool]>,
+}
+
+impl Calls {
+    fn parse(&self, text: &str) -> Option<Vec<Call>> {
+        self.format.parse(text, &self.tools)
     }
 }
 
@@ -69,7 +113,7 @@ pub struct MarkReader {
     /// Whether the model has thoughts.
     thinks: bool,
     /// The form of calls, where tools were offered.
-    calls: Option<ToolFormat>,
+    calls: Option<Calls>,
     place: Place,
     /// Whether white space at the beginning only separates: it stands behind thoughts or a call.
     separated: bool,
@@ -78,7 +122,7 @@ pub struct MarkReader {
 
 impl MarkReader {
     /// A reader at the beginning of an answer, or inside the thoughts that the prompt has opened.
-    pub fn new(thinks: bool, in_thoughts: bool, calls: Option<ToolFormat>) -> Self {
+    pub fn new(thinks: bool, in_thoughts: bool, calls: Option<Calls>) -> Self {
         let place = if in_thoughts { Place::Thoughts } else { Place::Beginning };
         Self { thinks, calls, place, separated: false, held: String::new() }
     }
@@ -97,14 +141,14 @@ impl MarkReader {
         if rest.is_empty() {
             return Vec::new();
         }
-        match (self.place, self.calls) {
+        match (self.place, &self.calls) {
             (Place::Thoughts, _) => vec![Delta::Thoughts(rest)],
             (Place::Beginning, _) if self.separated && rest.trim().is_empty() => Vec::new(),
-            (Place::Call, Some(format)) => match format.parse(&rest) {
+            (Place::Call, Some(form)) => match form.parse(&rest) {
                 Some(calls) => calls.into_iter().map(Delta::Call).collect(),
                 // No call after all: the reader gets it as it was written.
-                None if format == ToolFormat::Llama => vec![Delta::Text(rest)],
-                None => vec![Delta::Text(format!("{}{rest}", format.opening()))],
+                None if form.format.begins(&rest) => vec![Delta::Text(rest)],
+                None => vec![Delta::Text(format!("{}{rest}", form.format.opening()))],
             },
             _ => vec![Delta::Text(rest)],
         }
@@ -125,7 +169,7 @@ impl MarkReader {
                 found.is_some()
             }
             Place::Text => {
-                let opening = self.calls.map(ToolFormat::opening);
+                let opening = self.calls.as_ref().map(|calls| calls.format.opening());
                 let found = opening.and_then(|opening| self.held.find(opening));
                 let mut before = self.take_before(found, opening.as_slice());
                 if let (Some(_), Some(opening)) = (found, opening) {
@@ -137,19 +181,19 @@ impl MarkReader {
                 found.is_some()
             }
             Place::Call => {
-                let Some(format) = self.calls else { return false };
+                let Some(form) = &self.calls else { return false };
                 let Some((closing, at)) =
-                    format.closing().and_then(|closing| Some((closing, self.held.find(closing)?)))
+                    form.format.closing().and_then(|closing| Some((closing, self.held.find(closing)?)))
                 else {
                     return false;
                 };
                 let inside: String = self.held.drain(..at).collect();
                 self.held.drain(..closing.len());
-                let calls = format.parse(&inside);
+                let calls = form.parse(&inside);
                 (self.place, self.separated) = (Place::Beginning, calls.is_some());
                 match calls {
                     Some(calls) => deltas.extend(calls.into_iter().map(Delta::Call)),
-                    None => push(deltas, Delta::Text, format!("{}{inside}{closing}", format.opening())),
+                    None => push(deltas, Delta::Text, format!("{}{inside}{closing}", form.format.opening())),
                 }
                 true
             }
@@ -167,8 +211,8 @@ impl MarkReader {
         if text.is_empty() || (self.thinks && THOUGHTS_OPEN.starts_with(text)) {
             return false;
         }
-        // Llama's calls have no mark: an answer that is an object is one.
-        if self.calls == Some(ToolFormat::Llama) && text.starts_with('{') {
+        // Llama's calls have no mark: an answer that is an object or a list is one.
+        if self.calls.as_ref().is_some_and(|calls| calls.format.begins(text)) {
             self.place = Place::Call;
             return true;
         }
@@ -207,6 +251,8 @@ pub struct Answer {
     pub thoughts: String,
     /// Calls of tools.
     pub calls: Vec<Call>,
+    /// Tokens that made the thoughts.
+    pub thought_tokens: usize,
 }
 
 impl Answer {
@@ -219,11 +265,17 @@ impl Answer {
         }
     }
 
-    /// Reads a whole text.
-    pub fn read(mut reader: OutputReader, text: &str) -> Self {
+    /// Reads what was written, piece by piece.
+    pub fn read(mut reader: OutputReader, written: &Written) -> Self {
         let mut answer = Self::default();
-        reader.push(text).into_iter().for_each(|delta| answer.add(delta));
+        let mut from = 0;
+        for &(length, tokens) in &written.pieces {
+            let piece = &written.text[from..from + length];
+            from += length;
+            reader.push(piece, tokens).into_iter().for_each(|delta| answer.add(delta));
+        }
         reader.finish().into_iter().for_each(|delta| answer.add(delta));
+        answer.thought_tokens = reader.thought_tokens();
         answer
     }
 }
@@ -234,25 +286,30 @@ mod tests {
 
     /// However a text is cut, the same is read.
     fn read(reader: &MarkReader, text: &str) -> Answer {
-        let whole = Answer::read(OutputReader::Marks(reader.clone()), text);
-        for size in 1..text.len().min(9) {
-            let (mut cut, mut answer) = (reader.clone(), Answer::default());
-            let letters: Vec<char> = text.chars().collect();
+        let in_pieces = |size: usize| {
+            let mut reader = OutputReader { form: Form::Marks(reader.clone()), thought_tokens: 0 };
+            let (letters, mut answer): (Vec<char>, _) = (text.chars().collect(), Answer::default());
             for piece in letters.chunks(size) {
-                cut.push(&piece.iter().collect::<String>()).into_iter().for_each(|delta| answer.add(delta));
+                reader.push(&piece.iter().collect::<String>(), 1).into_iter().for_each(|delta| answer.add(delta));
             }
-            cut.finish().into_iter().for_each(|delta| answer.add(delta));
-            assert_eq!(answer, whole, "{text:?} in pieces of {size}");
+            reader.finish().into_iter().for_each(|delta| answer.add(delta));
+            answer
+        };
+        let whole = in_pieces(text.len());
+        for size in 1..text.len().min(9) {
+            assert_eq!(in_pieces(size), whole, "{text:?} in pieces of {size}");
         }
         whole
     }
 
     fn answer(text: &str, thoughts: &str, calls: &[&str]) -> Answer {
         let calls = calls.iter().map(|name| Call { name: name.to_string(), arguments: "{}".into() }).collect();
-        Answer { text: text.into(), thoughts: thoughts.into(), calls }
+        Answer { text: text.into(), thoughts: thoughts.into(), calls, thought_tokens: 0 }
     }
 
-    const HERMES: Option<ToolFormat> = Some(ToolFormat::Hermes { told: true });
+    fn calls(format: ToolFormat) -> Option<Calls> {
+        Some(Calls { format, tools: [].into() })
+    }
 
     #[test]
     fn thoughts_stand_before_the_text() {
@@ -267,18 +324,40 @@ mod tests {
 
     #[test]
     fn calls_are_taken_out_of_the_text() {
-        let reader = MarkReader::new(false, false, HERMES);
+        let reader = MarkReader::new(false, false, calls(ToolFormat::Hermes { told: true }));
         let call = |name: &str| format!("<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {{}}}}\n</tool_call>");
         assert_eq!(read(&reader, &format!("so:\n{}\n{}", call("f"), call("g"))), answer("so:", "", &["f", "g"]));
         assert_eq!(read(&reader, "a <tool_call>b</tool_call> c"), answer("a<tool_call>b</tool_call> c", "", &[]));
         assert_eq!(read(&reader, "<tool_call>{\"name\": \"f\", \"arguments\": {}}"), answer("", "", &["f"]));
         assert_eq!(read(&reader, "1 < 2"), answer("1 < 2", "", &[]));
-        let mistral = MarkReader::new(false, false, Some(ToolFormat::Mistral { named: false }));
+        let mistral = MarkReader::new(false, false, calls(ToolFormat::Mistral { named: false }));
         assert_eq!(read(&mistral, "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {}}]"), answer("", "", &["f"]));
-        let llama = MarkReader::new(false, false, Some(ToolFormat::Llama));
+        let llama = MarkReader::new(false, false, calls(ToolFormat::Llama));
         assert_eq!(read(&llama, "{\"name\": \"f\", \"parameters\": {}}"), answer("", "", &["f"]));
         assert_eq!(read(&llama, "{\"title\": 1}"), answer("{\"title\": 1}", "", &[]));
         let none = MarkReader::new(false, false, None);
         assert_eq!(read(&none, &call("f")), answer(&call("f"), "", &[]));
+    }
+
+    #[test]
+    fn tokens_of_thoughts_are_counted_with_their_marks() {
+        let pieces = ["<think>", "a", " b", "</think>", "\n\n", "text"];
+        let written = Written {
+            text: pieces.concat(),
+            pieces: pieces.iter().map(|piece| (piece.len(), 1)).collect(),
+            ..Written::default()
+        };
+        let reader = OutputReader::new(ToolFormat::Hermes { told: false }, &[], true, false);
+        let answer = Answer::read(reader, &written);
+        assert_eq!((&answer.text[..], answer.thought_tokens), ("text", 4));
+        let opened = OutputReader::new(ToolFormat::Hermes { told: false }, &[], true, true);
+        let written = Written { text: "a</think>b".into(), pieces: vec![(1, 2), (8, 1), (1, 1)], ..Written::default() };
+        assert_eq!(Answer::read(opened, &written).thought_tokens, 3);
+        let channels = "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>yes";
+        let pieces: Vec<(usize, usize)> = channels.split_inclusive('>').map(|piece| (piece.len(), 1)).collect();
+        let written = Written { text: channels.into(), pieces, ..Written::default() };
+        let answer = Answer::read(OutputReader::new(ToolFormat::Harmony, &[], false, false), &written);
+        // Of the header, the mark that ends it; of the message, its text with the mark behind.
+        assert_eq!((&answer.thoughts[..], &answer.text[..], answer.thought_tokens), ("so", "yes", 2));
     }
 }

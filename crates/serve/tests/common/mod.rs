@@ -69,8 +69,13 @@ pub struct Running {
 
 impl Running {
     pub fn start(options: ServeOptions) -> Self {
+        Self::with_template(options, TEMPLATE)
+    }
+
+    /// A server whose model has another template.
+    pub fn with_template(options: ServeOptions, template: &str) -> Self {
         let tokenizer = tokenizer();
-        let template = ChatTemplate::new(TEMPLATE, "template").unwrap().with_special("eos_token", "<|end|>");
+        let template = ChatTemplate::new(template, "template").unwrap().with_special("eos_token", "<|end|>");
         let defaults = GenerationDefaults::default();
         let served =
             ServedModel { model: model(), tokenizer, template: Some(template), defaults, weights: "f32".into() };

@@ -80,13 +80,14 @@ impl Events for Chunks {
                     let scores = piece.scores.iter().map(|score| self.answering.app.chat_score(score));
                     let scores: Vec<Value> = scores.collect();
                     self.choices[index].scores.extend(scores);
-                    let deltas = self.choices[index].reader.push(&piece.text);
+                    let deltas = self.choices[index].reader.push(&piece.text, piece.tokens);
                     self.deltas(index, deltas, &mut chunks);
                 }
                 News::Experts(experts) => routing.push(self.answering.app.routing_entry(&experts)),
                 News::Finished(outcome) => {
                     self.usage.add(&outcome);
                     let deltas = self.choices[index].reader.finish();
+                    self.usage.reasoning += self.choices[index].reader.thought_tokens();
                     self.deltas(index, deltas, &mut chunks);
                     let why = reason(self.choices[index].calls > 0, finish_reason(&outcome.finish));
                     let chunk = self.chunk(index, Map::new(), Some(why));

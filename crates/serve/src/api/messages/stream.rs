@@ -89,7 +89,7 @@ impl sse::Events for Events {
         for (_, news) in news {
             match news {
                 News::Text(piece) => {
-                    let deltas = self.answering.reader.push(&piece.text);
+                    let deltas = self.answering.reader.push(&piece.text, piece.tokens);
                     self.deltas(deltas, &mut events);
                 }
                 News::Finished(outcome) => {

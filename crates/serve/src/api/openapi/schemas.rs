@@ -95,6 +95,8 @@ fn responses(model: &str) -> Value {
         ("tool_choice", one_of(&["none", "auto", "required"])),
         ("parallel_tool_calls", flag()),
         ("metadata", json!({"type": "object"})),
+        ("include", list(one_of(&["message.output_text.logprobs"]))),
+        ("top_logprobs", top()),
         ("routing", flag()),
     ]);
     object(&["model", "input"], fields)
