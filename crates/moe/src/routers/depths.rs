@@ -59,7 +59,7 @@ impl MixtureOfDepths {
     /// # Errors
     /// A share outside 0 to 1.
     pub fn new(weight: Param, share: f64, sampler: CausalSampler) -> Result<Self, MoeError> {
-        let [_, _] = weight.value().dims()?;
+        let [_, _] = weight.dims()?;
         if share > 0.0 && share <= 1.0 {
             Ok(Self { weight, share, sampler })
         } else {
