@@ -7,7 +7,7 @@ use moebius_engine::{ChatTemplate, GenerationDefaults, Tokenizer, gguf};
 use moebius_model::gguf::GgufFile;
 use moebius_model::{Checkpoint, Model, RunFormat, Survey, packed};
 
-use crate::output::LoadBar;
+use crate::output::{self, LoadBar};
 
 /// The files of the shipped model, in Hugging Face's layout.
 mod shipped {
@@ -81,11 +81,16 @@ impl Source {
         })
     }
 
+    /// Opens it, and tells which parts of a published model are left out.
     fn checkpoint(&self) -> anyhow::Result<Checkpoint<'static>> {
-        Ok(match self {
+        let checkpoint = match self {
             Self::Shipped => Checkpoint::from_bytes(shipped::CONFIG, shipped::WEIGHTS)?,
             Self::Folder(path) | Self::Gguf(path) => Checkpoint::open(path)?,
-        })
+        };
+        for (what, tensors) in checkpoint.left_out() {
+            output::note(&format!("left out: {what}, {tensors} tensors"));
+        }
+        Ok(checkpoint)
     }
 
     /// Reads the tokenizer, in whatever form the model has it.

@@ -82,10 +82,11 @@ pub fn colours() -> bool {
     std::io::stdout().is_terminal() && !unwanted && !dumb
 }
 
-/// A count as people read it: 812, 5.3 k, 1.24 M, 7.0 B.
+/// A count as people read it: 812, 5.3 k, 1.24 M, 7.0 B, 2.8 T.
 pub fn count(number: usize) -> String {
     let number = number as f64;
     let (scaled, unit) = match number {
+        n if n >= 1e12 => (n / 1e12, " T"),
         n if n >= 1e9 => (n / 1e9, " B"),
         n if n >= 1e6 => (n / 1e6, " M"),
         n if n >= 1e4 => (n / 1e3, " k"),
@@ -118,8 +119,9 @@ mod tests {
 
     #[test]
     fn counts_are_short() {
-        let shown: Vec<String> = [0, 812, 9999, 12_345, 1_236_000, 46_700_000_000].into_iter().map(count).collect();
-        assert_eq!(shown, ["0", "812", "9999", "12.3 k", "1.24 M", "46.7 B"]);
+        let shown: Vec<String> =
+            [0, 812, 9999, 12_345, 1_236_000, 46_700_000_000, 1_026_400_000_000].into_iter().map(count).collect();
+        assert_eq!(shown, ["0", "812", "9999", "12.3 k", "1.24 M", "46.7 B", "1.03 T"]);
     }
 
     #[test]

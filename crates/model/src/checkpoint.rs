@@ -1,11 +1,12 @@
 //! Checkpoints: folders in Hugging Face's layout, read whole (one file or shards) and written whole or not at all.
 
 mod index;
+mod quantised;
 
-use crate::families::{self, TensorMap, group_by_file};
+use crate::families::{self, Layout, TensorMap, View, group_by_file};
 use crate::files::Staged;
 use crate::gguf::{GgufFile, GgufModel};
-use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, TensorView, stage_safetensors};
+use crate::safetensors::{SafetensorsFile, TensorData, TensorToWrite, stage_safetensors};
 use crate::{Model, ModelConfig, ModelError};
 use moebius_kernels::formats::Format;
 use moebius_kernels::memory::Buffer;
@@ -16,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 pub(crate) use index::{read_index, visit_index};
+use quantised::{Parts, microscaled, plain_format};
 
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const WEIGHTS: &str = "model.safetensors";
@@ -24,6 +26,7 @@ pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// An open checkpoint: its configuration, and where each tensor is.
 pub struct Checkpoint<'a> {
     config: ModelConfig,
+    layout: Layout,
     name: String,
     files: Vec<SafetensorsFile<'a>>,
     /// The one file that has everything, if it is of that kind.
@@ -46,22 +49,22 @@ impl Checkpoint<'static> {
         }
         let path = folder.join(CONFIG);
         let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
-        let config = families::read_config(&bytes, &path.display().to_string())?;
+        let (config, layout) = families::read_with_layout(&bytes, &path.display().to_string())?;
         let index = folder.join(INDEX);
         let weights = folder.join(WEIGHTS);
         if index.exists() && !weights.exists() {
-            return Self::open_shards(config, folder, &index);
+            return Self::open_shards((config, layout), folder, &index);
         }
         if crate::packed::is_packed(folder) && !weights.exists() {
             let message = "a packed model can only be run; wanted one in Hugging Face's layout, or GGUF";
             return Err(ModelError::file(folder.display().to_string(), message));
         }
         let files = vec![SafetensorsFile::open(&weights)?];
-        Ok(Self { config, name: weights.display().to_string(), files, gguf: None })
+        Ok(Self { config, layout, name: weights.display().to_string(), files, gguf: None })
     }
 
     /// Opens the shards of an index, each of which must hold the tensors that the index says.
-    fn open_shards(config: ModelConfig, folder: &Path, index: &Path) -> Result<Self, ModelError> {
+    fn open_shards((config, layout): (ModelConfig, Layout), folder: &Path, index: &Path) -> Result<Self, ModelError> {
         let (name, mut files) = (index.display().to_string(), Vec::new());
         for (shard, tensors) in read_index(index)? {
             let file = SafetensorsFile::open(&folder.join(shard))?;
@@ -74,7 +77,7 @@ impl Checkpoint<'static> {
             }
             files.push(file);
         }
-        Ok(Self { config, name, files, gguf: None })
+        Ok(Self { config, layout, name, files, gguf: None })
     }
 }
 
@@ -84,9 +87,9 @@ impl<'a> Checkpoint<'a> {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn from_bytes(config: &[u8], weights: &'a [u8]) -> Result<Self, ModelError> {
-        let config = families::read_config(config, CONFIG)?;
+        let (config, layout) = families::read_with_layout(config, CONFIG)?;
         let files = vec![SafetensorsFile::from_bytes(WEIGHTS, weights)?];
-        Ok(Self { config, name: WEIGHTS.into(), files, gguf: None })
+        Ok(Self { config, layout, name: WEIGHTS.into(), files, gguf: None })
     }
 
     /// A checkpoint that is a GGUF file.
@@ -97,7 +100,7 @@ impl<'a> Checkpoint<'a> {
     pub fn from_gguf(file: GgufFile<'a>) -> Result<Self, ModelError> {
         let name = file.name().to_string();
         let (config, gguf) = GgufModel::new(file)?;
-        Ok(Self { config, name, files: Vec::new(), gguf: Some(gguf) })
+        Ok(Self { config, layout: Layout::default(), name, files: Vec::new(), gguf: Some(gguf) })
     }
 
     /// Its configuration.
@@ -110,7 +113,7 @@ impl<'a> Checkpoint<'a> {
         if let Some(gguf) = &self.gguf {
             return gguf.checked_maps(&self.config);
         }
-        let maps = families::tensors(&self.config);
+        let maps = self.maps();
         self.check_surplus(&maps)?;
         maps.iter().try_for_each(|map| self.check(map))?;
         Ok(maps)
@@ -142,12 +145,14 @@ impl<'a> Checkpoint<'a> {
         if let Some(gguf) = &self.gguf {
             return gguf.stored(map);
         }
-        if let Some(blocks) = self.microscaled(map) {
-            return blocks;
+        match self.parts(map).ok_or_else(|| self.missing(map))? {
+            Parts::Microscaled(parts) => Ok(microscaled(map, parts)),
+            Parts::Fp8(parts) => self.fp8(map, parts),
+            Parts::Plain(view) => {
+                let format = plain_format(&view)?;
+                Ok(Stored { format, bytes: map.gather(view.bytes, format.block_bytes()) })
+            }
         }
-        let view = self.find(map)?;
-        let format = plain_format(&view)?;
-        Ok(Stored { format, bytes: map.gather(view.bytes, format.block_bytes()) })
     }
 
     /// The format that a tensor of [`Checkpoint::checked_maps`] is stored in.
@@ -155,115 +160,102 @@ impl<'a> Checkpoint<'a> {
         if let Some(gguf) = &self.gguf {
             return gguf.stored_format(map);
         }
-        match self.microscaled_parts(map) {
-            Some(_) => Ok(Format::MXFP4),
-            None => plain_format(&self.find(map)?),
-        }
-    }
-
-    /// A tensor's MXFP4 blocks and scales, if it is stored so.
-    fn microscaled_parts(&self, map: &TensorMap) -> Option<[TensorView<'_>; 2]> {
-        let find = |part: &str| {
-            let name = format!("{}_{part}", map.file_name);
-            self.files.iter().find_map(|file| file.get(&name))
-        };
-        Some([find("blocks")?, find("scales")?])
-    }
-
-    /// As [`Checkpoint::stored`], of a tensor `[experts, in, out]` that stands as blocks `[experts, out, in / 32, 16]` and
-    /// scales, its numbers in another order inside a block than ours.
-    fn microscaled(&self, map: &TensorMap) -> Option<Result<Stored<'_>, ModelError>> {
-        let [blocks, scales] = self.microscaled_parts(map)?;
-        let [_, inner, outer] = map.file_shape[..] else { return None };
-        let a_row = inner / MX_BLOCK;
-        let (expert, first) = (map.view.first / (inner * outer), map.view.first % outer);
-        let mut bytes = Vec::with_capacity(map.rows.len() * a_row * 17);
-        for row in 0..map.rows.len() {
-            let at = (expert * outer + first + row * map.view.row_stride) * a_row;
-            for block in at..at + a_row {
-                bytes.push(scales.bytes[block]);
-                let pairs = &blocks.bytes[block * 16..(block + 1) * 16];
-                // Theirs: neighbours in a byte. Ours: number i and number i + 16.
-                let number = |i: usize| if i.is_multiple_of(2) { pairs[i / 2] & 15 } else { pairs[i / 2] >> 4 };
-                bytes.extend((0..16).map(|i| number(i) | number(i + 16) << 4));
-            }
-        }
-        Some(Ok(Stored { format: Format::MXFP4, bytes: Cow::Owned(bytes) }))
-    }
-
-    fn check_microscaled(&self, map: &TensorMap, [blocks, scales]: [TensorView<'_>; 2]) -> Result<(), ModelError> {
-        let wanted = match map.file_shape[..] {
-            [experts, inner, outer] if inner.is_multiple_of(MX_BLOCK) => [experts, outer, inner / MX_BLOCK],
-            _ => {
-                let message = format!("wanted rows of whole blocks of {MX_BLOCK} for shape {:?}", map.file_shape);
-                return Err(ModelError::tensor(blocks.file, blocks.name, message));
-            }
-        };
-        for (view, wanted) in [(blocks, [&wanted[..], &[16]].concat()), (scales, wanted.to_vec())] {
-            if view.shape != wanted || view.dtype != Dtype::U8 {
-                let message = format!("wanted U8 of shape {wanted:?}, found {} of {:?}", view.dtype, view.shape);
-                return Err(ModelError::tensor(view.file, view.name, message));
-            }
-        }
-        Ok(())
-    }
-
-    fn find(&self, map: &TensorMap) -> Result<TensorView<'_>, ModelError> {
-        let found = self.files.iter().find_map(|file| file.get(&map.file_name));
-        found.ok_or_else(|| {
-            let message = format!("missing; wanted shape {:?}", map.file_shape);
-            ModelError::tensor(&self.name, &map.file_name, message)
+        Ok(match self.parts(map).ok_or_else(|| self.missing(map))? {
+            Parts::Microscaled(_) => Format::MXFP4,
+            Parts::Fp8(_) => Format::F32,
+            Parts::Plain(view) => plain_format(&view)?,
         })
     }
 
-    fn check(&self, map: &TensorMap) -> Result<(), ModelError> {
-        if let Some(parts) = self.microscaled_parts(map) {
-            return self.check_microscaled(map, parts);
+    /// The family's tensors, by the names and in the shapes of the files.
+    fn maps(&self) -> Vec<TensorMap> {
+        let mut maps = families::tensors(&self.config);
+        let mut names = self.files.iter().flat_map(SafetensorsFile::tensors).map(|tensor| tensor.name);
+        let is_fused = names.any(|name| name.ends_with(".experts.gate_up_proj"));
+        for map in &mut maps {
+            if let Cow::Owned(name) = self.layout.file_name(&map.file_name) {
+                map.file_name = name;
+            }
+            if let Some(fused) = self.fused(map).filter(|_| is_fused) {
+                *map = fused;
+            }
         }
-        let view = self.find(map)?;
-        if view.shape != map.file_shape {
-            let message = format!("wanted shape {:?}, found {:?}", map.file_shape, view.shape);
-            return Err(ModelError::tensor(view.file, view.name, message));
+        maps
+    }
+
+    /// A matrix of one expert where all experts of a layer stand together, as transformers holds them: gates and ups
+    /// `[experts, 2 * width, hidden]`, downs `[experts, hidden, width]`.
+    fn fused(&self, map: &TensorMap) -> Option<TensorMap> {
+        let (layer, expert) = map.file_name.split_once(".experts.")?;
+        let (expert, part) = expert.split_once('.')?;
+        let (expert, n_experts) = (expert.parse::<usize>().ok()?, self.config.moe()?.n_experts);
+        let (name, place, together) = match part {
+            "gate_proj.weight" => ("gate_up_proj", 2 * expert, 2),
+            "up_proj.weight" => ("gate_up_proj", 2 * expert + 1, 2),
+            "down_proj.weight" => ("down_proj", expert, 1),
+            _ => return None,
+        };
+        let [rows, cols] = map.file_shape[..] else { return None };
+        Some(TensorMap {
+            file_name: format!("{layer}.experts.{name}"),
+            file_shape: vec![n_experts, together * rows, cols],
+            view: View { first: place * rows * cols, ..map.view },
+            ..map.clone()
+        })
+    }
+
+    /// Parts of the published model that are left out (images, the prediction of further tokens): what each is, and its
+    /// tensors.
+    pub fn left_out(&self) -> BTreeMap<&'static str, usize> {
+        let mut parts = BTreeMap::new();
+        for tensor in self.files.iter().flat_map(SafetensorsFile::tensors) {
+            if let Some(part) = self.layout.left_out(tensor.name) {
+                *parts.entry(part.what).or_default() += 1;
+            }
         }
-        plain_format(&view).map(|_| ())
+        parts
     }
 
     fn check_surplus(&self, maps: &[TensorMap]) -> Result<(), ModelError> {
-        let mut wanted: BTreeSet<Cow<'_, str>> = BTreeSet::new();
+        let mut wanted: BTreeSet<&str> = BTreeSet::new();
         for map in maps {
-            match self.microscaled_parts(map) {
-                None => wanted.extend([Cow::Borrowed(&map.file_name[..])]),
-                Some(parts) => wanted.extend(parts.map(|part| Cow::Owned(part.name.to_string()))),
-            }
+            wanted.extend(self.parts(map).iter().flat_map(Parts::names));
         }
+        let head = self.layout.file_name("lm_head.weight");
         if self.config.tie_embeddings {
             // Some writers store the tied head once more.
-            wanted.insert("lm_head.weight".into());
+            wanted.insert(&head);
         }
         let mut seen = BTreeSet::new();
         for tensor in self.files.iter().flat_map(SafetensorsFile::tensors) {
             // Old checkpoints carry the rotary frequencies, which follow from the configuration.
-            if !wanted.contains(tensor.name) && !tensor.name.ends_with(".rotary_emb.inv_freq") {
-                let message = format!("the {} configuration has no such tensor", self.config.family);
+            let is_known = wanted.contains(tensor.name) || tensor.name.ends_with(".rotary_emb.inv_freq");
+            if !is_known && self.layout.left_out(tensor.name).is_none() {
+                let hint = if tensor.name.contains("_scale") {
+                    "; FP8 is read where config.json has weight_block_size and each matrix its weight_scale_inv"
+                } else {
+                    ""
+                };
+                let message = format!("the {} configuration has no such tensor{hint}", self.config.family);
                 return Err(ModelError::tensor(tensor.file, tensor.name, message));
             }
             if !seen.insert(tensor.name) {
                 return Err(ModelError::tensor(tensor.file, tensor.name, "stands in two shards"));
             }
         }
-        self.check_tied_head()
+        self.check_tied_head(&head)
     }
 
     /// A tied head that is stored once more must be the embedding: else one of the two is not what its maker wanted.
-    fn check_tied_head(&self) -> Result<(), ModelError> {
-        let find = |name| self.files.iter().find_map(|file| file.get(name));
-        let Some(head) = find("lm_head.weight").filter(|_| self.config.tie_embeddings) else { return Ok(()) };
-        match find("model.embed_tokens.weight") {
+    fn check_tied_head(&self, head: &str) -> Result<(), ModelError> {
+        let find = |name: &str| self.files.iter().find_map(|file| file.get(name));
+        let Some(head) = find(head).filter(|_| self.config.tie_embeddings) else { return Ok(()) };
+        let name = self.layout.file_name("model.embed_tokens.weight");
+        match find(&name) {
             Some(embedding)
                 if (head.shape, head.dtype, head.bytes) != (embedding.shape, embedding.dtype, embedding.bytes) =>
             {
-                let message =
-                    "wanted what model.embed_tokens.weight holds, for tie_word_embeddings is true; found other numbers";
+                let message = format!("wanted what {name} holds, for tie_word_embeddings is true; found other numbers");
                 Err(ModelError::tensor(head.file, head.name, message))
             }
             _ => Ok(()),
@@ -276,21 +268,6 @@ pub(crate) struct Stored<'c> {
     pub(crate) format: Format,
     /// Whole blocks, row after row; a copy if the file has the rows in another order.
     pub(crate) bytes: Cow<'c, [u8]>,
-}
-
-/// Numbers of an MXFP4 block.
-const MX_BLOCK: usize = 32;
-
-fn plain_format(view: &TensorView<'_>) -> Result<Format, ModelError> {
-    match view.dtype {
-        Dtype::F32 => Ok(Format::F32),
-        Dtype::F16 => Ok(Format::F16),
-        Dtype::BF16 => Ok(Format::Bf16),
-        other => {
-            let message = format!("wanted F32, F16 or BF16, found {other}");
-            Err(ModelError::tensor(view.file, view.name, message))
-        }
-    }
 }
 
 /// A tensor under its checkpoint's name.

@@ -3,9 +3,10 @@
 //! Shards are looked at one after the other and kept nowhere, so that the largest checkpoint costs a few megabytes.
 
 use crate::checkpoint::{CONFIG, INDEX, WEIGHTS, visit_index};
+use crate::families::{self, Layout};
 use crate::gguf::{GgufFile, GgufModel};
-use crate::safetensors::SafetensorsFile;
-use crate::{ModelConfig, ModelError, families, packed};
+use crate::safetensors::{SafetensorsFile, TensorView};
+use crate::{ModelConfig, ModelError, packed};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -38,8 +39,10 @@ pub enum SurveySource {
 pub struct StoredWeights {
     /// Files that hold them.
     pub files: usize,
-    /// By the name of their type or block format.
+    /// By the name of their type or block format; scales of codes are a type of their own.
     pub types: BTreeMap<String, StoredType>,
+    /// Parts that the model leaves out, by what they are: images, the prediction of further tokens.
+    pub left_out: BTreeMap<&'static str, StoredType>,
 }
 
 /// Weights of one type.
@@ -47,7 +50,7 @@ pub struct StoredWeights {
 pub struct StoredType {
     /// Tensors there are; of a packed model, its weights.
     pub tensors: u64,
-    /// Their elements: of types that are bytes of something else, those bytes.
+    /// Their numbers.
     pub elements: u64,
     /// Bytes they take.
     pub bytes: u64,
@@ -60,19 +63,35 @@ impl StoredWeights {
     }
 
     fn add(&mut self, name: &str, elements: usize, bytes: usize) {
-        // Few names, many tensors: none is copied twice.
+        // Few names, many tensors: a name is copied once.
         if !self.types.contains_key(name) {
             self.types.insert(name.to_string(), StoredType::default());
         }
-        let of = self.types.get_mut(name).expect("put in above");
-        (of.tensors, of.elements, of.bytes) = (of.tensors + 1, of.elements + elements as u64, of.bytes + bytes as u64);
+        self.types.get_mut(name).expect("put in above").add(elements, bytes);
     }
 
-    fn add_file(&mut self, file: &SafetensorsFile<'_>) {
+    fn add_file(&mut self, file: &SafetensorsFile<'_>, layout: &Layout) {
         self.files += 1;
-        for tensor in file.tensors() {
-            self.add(&tensor.dtype.to_string(), tensor.shape.iter().product(), tensor.bytes.len());
+        for TensorView { name, dtype, shape, bytes, .. } in file.tensors() {
+            let elements = shape.iter().product();
+            if let Some(part) = layout.left_out(name) {
+                self.left_out.entry(part.what).or_default().add(elements, bytes.len());
+            } else if name.ends_with("_scale_inv") || name.ends_with("_scales") {
+                self.add("scales", elements, bytes.len());
+            } else if name.ends_with("_blocks") {
+                self.add("MXFP4", 2 * elements, bytes.len());
+            } else {
+                self.add(dtype.name(), elements, bytes.len());
+            }
         }
+    }
+}
+
+impl StoredType {
+    fn add(&mut self, elements: usize, bytes: usize) {
+        self.tensors += 1;
+        self.elements += elements as u64;
+        self.bytes += bytes as u64;
     }
 }
 
@@ -87,7 +106,7 @@ impl Survey {
             return Self::of_folder(path);
         }
         if path.extension().is_some_and(|extension| extension == "json") {
-            return Ok(Self { config: read_config(path)?, source: SurveySource::Config, stored: None });
+            return Ok(Self { config: read_config(path)?.0, source: SurveySource::Config, stored: None });
         }
         if !path.is_file() {
             return Err(ModelError::file(path.display().to_string(), "no such folder or file"));
@@ -106,21 +125,21 @@ impl Survey {
     /// As [`Survey::open`].
     pub fn from_bytes(config: &[u8], weights: &[u8]) -> Result<Self, ModelError> {
         let mut stored = StoredWeights::default();
-        stored.add_file(&SafetensorsFile::from_bytes(WEIGHTS, weights)?);
-        let config = families::read_config(config, CONFIG)?;
+        let (config, layout) = families::read_with_layout(config, CONFIG)?;
+        stored.add_file(&SafetensorsFile::from_bytes(WEIGHTS, weights)?, &layout);
         Ok(Self { config, source: SurveySource::Folder, stored: Some(stored) })
     }
 
     fn of_folder(folder: &Path) -> Result<Self, ModelError> {
-        let config = read_config(&folder.join(CONFIG))?;
+        let (config, layout) = read_config(&folder.join(CONFIG))?;
         let (weights, index) = (folder.join(WEIGHTS), folder.join(INDEX));
         let mut stored = StoredWeights::default();
         let source = if weights.exists() {
-            stored.add_file(&SafetensorsFile::open(&weights)?);
+            stored.add_file(&SafetensorsFile::open(&weights)?, &layout);
             SurveySource::Folder
         } else if index.exists() {
             for shard in shards(&index)? {
-                stored.add_file(&SafetensorsFile::open(&folder.join(shard))?);
+                stored.add_file(&SafetensorsFile::open(&folder.join(shard))?, &layout);
             }
             SurveySource::Folder
         } else if packed::is_packed(folder) {
@@ -134,8 +153,8 @@ impl Survey {
     }
 }
 
-fn read_config(path: &Path) -> Result<ModelConfig, ModelError> {
-    families::read_config(&std::fs::read(path).map_err(ModelError::io(path))?, &path.display().to_string())
+fn read_config(path: &Path) -> Result<(ModelConfig, Layout), ModelError> {
+    families::read_with_layout(&std::fs::read(path).map_err(ModelError::io(path))?, &path.display().to_string())
 }
 
 /// The shards that an index names.

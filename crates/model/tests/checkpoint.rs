@@ -117,7 +117,7 @@ fn broken_weights_are_named() {
     let shape = write(&|tensors| tensors[0].shape = vec![8, 20]);
     assert!(shape.contains("tensor `model.embed_tokens.weight`: wanted shape [20, 8], found [8, 20]"), "{shape}");
     let dtype = write(&|tensors| tensors[0].data = TensorData::I64(&[0; 160]));
-    assert!(dtype.contains("wanted F32, F16 or BF16, found I64"), "{dtype}");
+    assert!(dtype.contains("wanted F32, F16 or BF16, or F8_E4M3 with weight_scale_inv, found I64"), "{dtype}");
 }
 
 #[test]
@@ -164,7 +164,8 @@ fn broken_configurations_are_named() {
         ("sliding_window", json!(0), "`sliding_window`: wanted at least 1"),
         ("rope_parameters", json!({"rope_type": "llama3"}), "`rope_parameters.factor`: wanted a number, found nothing"),
         ("attention_bias", json!(true), "`attention_bias`: this family is computed for false only, found true"),
-        ("quantization_config", json!({"bits": 4}), "`quantization_config`: this family is computed for null only"),
+        ("quantization_config", json!({"bits": 4}), "`quantization_config.quant_method`: wanted a text, found nothing"),
+        ("quantization_config", json!({"quant_method": "gptq"}), "`quantization_config.quant_method`: wanted fp8"),
         ("layer_types", json!(["sliding_attention"]), "`layer_types`: wanted `full_attention` in every layer"),
         ("num_hidden_layers", json!(1 << 20), "`num_hidden_layers`: wanted 1 to 16384, found 1048576"),
         ("num_local_experts", json!(1 << 30), "`num_local_experts`: wanted 1 to 65536, found 1073741824"),

@@ -38,6 +38,7 @@ fn goldens() -> Vec<Golden> {
         "deepseek_v2",
         "deepseek_v3",
         "glm4_moe",
+        "glm4_moe_lite",
         "dots1",
         "gpt_oss",
         "llama4_text",

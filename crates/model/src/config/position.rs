@@ -38,7 +38,7 @@ pub enum RopeScaling {
         original_positions: usize,
     },
     /// Each pair has a factor of its own (Ding et al. 2024, "LongRoPE"). Of the two lists that published files carry,
-    /// transformers computes with the short one.
+    /// transformers turns Phi-3.5-MoE by the short one, and texts within the first context of any model.
     LongRope {
         /// `[dims / 2]`.
         short: Vec<f64>,

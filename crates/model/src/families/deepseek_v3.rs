@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 pub(super) const FAMILY: Family = Family {
     name: "deepseek_v3",
-    model_types: &["deepseek_v3"],
+    model_types: &["deepseek_v3", "kimi_k2"],
     architecture: "DeepseekV3ForCausalLM",
     read,
     write,

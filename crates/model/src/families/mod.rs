@@ -19,6 +19,7 @@ mod jamba;
 mod jetmoe;
 mod keys;
 mod latent;
+mod layout;
 mod lfm2_moe;
 mod llama;
 mod llama4_text;
@@ -42,6 +43,7 @@ mod tensors;
 
 use crate::{ModelConfig, ModelError};
 pub(crate) use keys::Keys;
+pub(crate) use layout::Layout;
 pub use published::published;
 use serde_json::{Map, Value};
 pub(crate) use tensor_map::group_by_file;
@@ -103,17 +105,24 @@ pub fn find(model_type: &str) -> Option<&'static Family> {
     all().iter().find(|family| family.model_types.contains(&model_type))
 }
 
-/// Reads a `config.json`; `file` is its name for errors.
+/// Reads a `config.json`; `file` is its name for errors. Of a model that sees images too, the text model's.
 ///
 /// # Errors
 /// Text that is no JSON object, an unknown family, keys missing, of a wrong type, out of range, contradictory, or that
 /// ask for arithmetic we lack.
 pub fn read_config(bytes: &[u8], file: &str) -> Result<ModelConfig, ModelError> {
+    read_with_layout(bytes, file).map(|(config, _)| config)
+}
+
+/// As [`read_config`], and how the files beside it hold its tensors.
+pub(crate) fn read_with_layout(bytes: &[u8], file: &str) -> Result<(ModelConfig, Layout), ModelError> {
     let value: Value =
         serde_json::from_slice(bytes).map_err(|error| ModelError::file(file, format!("wanted JSON: {error}")))?;
-    let Value::Object(map) = value else {
+    let Value::Object(whole) = value else {
         return Err(ModelError::file(file, "wanted a JSON object"));
     };
+    let (mut map, mut layout) = layout::text_model(&Keys::new(file, &whole), whole.clone())?;
+    layout.read_quantisation(file, &mut map)?;
     let keys = Keys::new(file, &map);
     let model_type = keys.text("model_type")?;
     let Some(family) = find(model_type) else {
@@ -123,7 +132,8 @@ pub fn read_config(bytes: &[u8], file: &str) -> Result<ModelConfig, ModelError> 
     };
     let config = (family.read)(&keys)?;
     config.validate().map_err(|(key, message)| ModelError::config(file, key, message))?;
-    Ok(config)
+    layout.read_predictors(&keys, &config)?;
+    Ok((config, layout))
 }
 
 /// A configuration as its family's `config.json`, with the dtype of the weights beside it.

@@ -107,8 +107,10 @@ const LONGROPE_KEYS: [&str; 7] =
 fn read_longrope(keys: &Keys, rope: &Keys, original_positions: usize) -> Result<RopeScaling, ModelError> {
     let magnitude = match (rope.optional_number("short_mscale")?, rope.optional_number("long_mscale")?) {
         (Some(short), Some(long)) if short != long => {
-            // Which of them counts would depend on how long the text becomes, and so would a token's answer.
-            let message = format!("wanted what short_mscale says, {short}, found {long}");
+            let message = format!(
+                "wanted what short_mscale says, {short}, found {long}: which of them turns a token would depend on how long \
+                 the text becomes after it, so that a cache could not hold it"
+            );
             return Err(rope.error("long_mscale", message));
         }
         (Some(given), _) | (None, Some(given)) => given,
@@ -123,6 +125,16 @@ fn read_longrope(keys: &Keys, rope: &Keys, original_positions: usize) -> Result<
         },
     };
     let (short, long) = (rope.numbers("short_factor")?, rope.numbers("long_factor")?);
+    // Phi-3.5-MoE turns by the short factors however long the text is; in transformers' other models a text that outgrows
+    // the first context turns by the long ones from its beginning on.
+    let most = keys.size("max_position_embeddings")?;
+    if short != long && most > original_positions && keys.text("model_type")? != "phimoe" {
+        let message = format!(
+            "wanted at most original_max_position_embeddings {original_positions}, found {most}: a longer text would turn \
+             by long_factor from its beginning on; with {original_positions} the model runs as published up to there"
+        );
+        return Err(keys.error("max_position_embeddings", message));
+    }
     Ok(RopeScaling::LongRope { short, long, magnitude, original_positions })
 }
 
@@ -148,6 +160,7 @@ pub(super) fn write(rope: &Rope, head_dim: usize, map: &mut Map<String, Value>) 
             "long_factor": long,
             "short_mscale": magnitude,
             "long_mscale": magnitude,
+            "attention_factor": magnitude,
             ORIGINAL: original_positions,
         }),
         RopeScaling::Yarn(yarn) => {

@@ -67,6 +67,31 @@ fn what_is_written_is_read_and_names_its_class() {
 }
 
 #[test]
+fn longrope_is_computed_where_a_token_does_not_depend_on_what_follows() {
+    let with = |family: &str, most: usize, long_mscale: f64| {
+        let factors = |factor: f64| vec![factor; 2];
+        let scaling = json!({"type": "longrope", "short_factor": factors(1.5), "long_factor": factors(4.0),
+            "short_mscale": 1.2, "long_mscale": long_mscale, "original_max_position_embeddings": 32});
+        read(config(family, json!({"max_position_embeddings": most, "rope_scaling": scaling})))
+    };
+    for (family, most) in [("phimoe", 128), ("llama", 32)] {
+        let config = with(family, most, 1.2).unwrap();
+        let again = read(write_config(&config, "float32")).unwrap();
+        assert_eq!((again.max_positions, &again), (most, &config), "{family}");
+    }
+    let mscale = with("phimoe", 128, 1.3).unwrap_err();
+    assert!(
+        mscale.contains("`rope_scaling.long_mscale`: wanted what short_mscale says, 1.2, found 1.3: which"),
+        "{mscale}"
+    );
+    let longer = with("llama", 128, 1.2).unwrap_err();
+    assert!(
+        longer.contains("`max_position_embeddings`: wanted at most original_max_position_embeddings 32"),
+        "{longer}"
+    );
+}
+
+#[test]
 fn unknown_keys_that_change_nothing_are_accepted() {
     let plain = read(config("mixtral", json!({}))).unwrap();
     let others = json!({"my_note": {"a": [1]}, "use_cache": false, "transformers_version": "9.9", "pad_token_id": 99_999,

@@ -44,13 +44,32 @@ impl Dtype {
     }
 }
 
+impl Dtype {
+    /// Its name in the format's spelling.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BOOL => "BOOL",
+            Self::U8 => "U8",
+            Self::I8 => "I8",
+            Self::F8E5M2 => "F8_E5M2",
+            Self::F8E4M3 => "F8_E4M3",
+            Self::I16 => "I16",
+            Self::U16 => "U16",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+            Self::I32 => "I32",
+            Self::U32 => "U32",
+            Self::F32 => "F32",
+            Self::F64 => "F64",
+            Self::I64 => "I64",
+            Self::U64 => "U64",
+        }
+    }
+}
+
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::F8E5M2 => f.write_str("F8_E5M2"),
-            Self::F8E4M3 => f.write_str("F8_E4M3"),
-            other => fmt::Debug::fmt(other, f),
-        }
+        f.write_str(self.name())
     }
 }
 

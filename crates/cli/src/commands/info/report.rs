@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use moebius_kernels::attention::CacheFormat;
-use moebius_model::{CacheBytes, Inventory, LayerKind, StoredWeights, Survey, SurveySource};
+use moebius_model::{CacheBytes, Inventory, LayerKind, StoredType, StoredWeights, Survey, SurveySource};
 use serde_json::{Map, Value, json};
 
 use super::layers;
@@ -124,18 +124,20 @@ impl<'s> Report<'s> {
             line(text, name, &format!("{} in {} tensors", bytes_of(of.bytes), of.tensors));
         }
         line(text, "total", &bytes_of(stored.bytes()));
+        for (what, of) in &stored.left_out {
+            let found = format!("{what}, {} in {} tensors", bytes_of(of.bytes), of.tensors);
+            line(text, "left out", &found);
+        }
         if let Some(more) = self.difference(stored) {
             line(text, "note", &more);
         }
     }
 
-    /// What tensors say that have another number of elements than the model has parameters. Types of whole bytes hold
-    /// something else: they say nothing.
+    /// Said of tensors that have another number of elements than the model has parameters.
     fn difference(&self, stored: &StoredWeights) -> Option<String> {
-        let elements: u64 = stored.types.values().map(|of| of.elements).sum();
+        let elements: u64 = stored.types.iter().filter(|(name, _)| *name != "scales").map(|(_, of)| of.elements).sum();
         let total = self.inventory.total();
-        let is_plain = stored.types.keys().all(|name| !matches!(&name[..], "U8" | "I8" | "I32"));
-        (is_plain && elements != total)
+        (elements != total)
             .then(|| format!("they hold {} numbers, the configuration asks for {}", short(elements), short(total)))
     }
 
@@ -203,11 +205,13 @@ impl<'s> Report<'s> {
 }
 
 fn weights_json(stored: &StoredWeights) -> Value {
-    let types = stored
-        .types
-        .iter()
-        .map(|(name, of)| (name.clone(), json!({"tensors": of.tensors, "elements": of.elements, "bytes": of.bytes})));
-    json!({"files": stored.files, "bytes": stored.bytes(), "types": types.collect::<Map<_, _>>()})
+    let of = |of: &StoredType| json!({"tensors": of.tensors, "elements": of.elements, "bytes": of.bytes});
+    json!({
+        "files": stored.files,
+        "bytes": stored.bytes(),
+        "types": stored.types.iter().map(|(name, found)| (name.clone(), of(found))).collect::<Map<_, _>>(),
+        "left_out": stored.left_out.iter().map(|(what, found)| (what.to_string(), of(found))).collect::<Map<_, _>>(),
+    })
 }
 
 /// A name and what is said of it.
