@@ -1,4 +1,5 @@
-//! Small vision runs on images made here: each kind of block learns, and a stopped run resumes to the bit.
+//! Small vision runs on handwritten digits (`fixtures/make_digits.py` names their source and licence): each kind of
+//! block learns, and a stopped run resumes to the bit.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,39 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use moebius_train::Start;
 use moebius_train::vision::{VisionEvent, VisionRecipe, VisionTrainer};
 
-/// Images of 8 x 8 with a bar somewhere: upright or lying, bright on dark or dark on bright; noise everywhere.
-fn bars(count: usize, mut state: u32) -> (Vec<u8>, Vec<u8>) {
-    let mut random = move || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 24) as u8
-    };
-    let (mut pixels, mut labels) = (Vec::new(), Vec::new());
-    for number in 0..count {
-        let class = number % 4;
-        let at = usize::from(random()) % 8;
-        for row in 0..8 {
-            for column in 0..8 {
-                let place = if class < 2 { column } else { row };
-                let is_bright = (place == at) == class.is_multiple_of(2);
-                pixels.push(if is_bright { 200 } else { 0 } + random() / 5);
-            }
-        }
-        labels.push(class as u8);
-    }
-    (pixels, labels)
-}
-
 fn idx(path: &Path, dims: &[u32], bytes: &[u8]) {
     let head = [0, 0, 8, dims.len() as u8].into_iter().chain(dims.iter().flat_map(|dim| dim.to_be_bytes()));
     std::fs::write(path, head.chain(bytes.iter().copied()).collect::<Vec<u8>>()).unwrap();
 }
 
+/// A folder with the digits: 1,200 images of 8 x 8 for training, 400 for validation.
 fn workshop() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
-    for (name, count, seed) in [("train", 512, 1), ("valid", 64, 77)] {
-        let (pixels, labels) = bars(count, seed);
-        idx(&root.path().join(format!("{name}.images")), &[count as u32, 8, 8], &pixels);
-        idx(&root.path().join(format!("{name}.labels")), &[count as u32], &labels);
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    for name in ["train.images", "train.labels", "valid.images", "valid.labels"] {
+        std::fs::copy(fixtures.join(format!("digits-{name}.gz")), root.path().join(name)).unwrap();
     }
     root
 }
@@ -49,7 +28,7 @@ hidden = 32
 layers = 2
 heads = 2
 ffn = 32
-patch = 2
+patch = 4
 BLOCK
 
 [data]
@@ -65,11 +44,11 @@ steps = 80
 images = 16
 accumulation = 2
 precision = 'f32'
-validate_every = 20
+validate_every = 40
 save_every = 11
 
 [optimizer]
-learning_rate = 4e-3
+learning_rate = 1e-2
 minimum_learning_rate = 3e-4
 warmup_steps = 5
 ";
@@ -112,7 +91,8 @@ fn every_block_learns_and_resumes_to_the_bit() {
         let whole = root.path().join(format!("whole-{number}"));
         let mut unbroken = VisionTrainer::prepare(recipe.clone(), &whole, Start::Fresh).unwrap();
         let accuracies = run(&mut unbroken, u64::MAX);
-        assert!(accuracies.last().is_some_and(|&last| last > 0.9), "{block}: {accuracies:?}");
+        // Chance is 0.1. Over eight seeds the lowest of all blocks was 0.79.
+        assert!(accuracies.last().is_some_and(|&last| last > 0.7), "{block}: {accuracies:?}");
 
         let out = root.path().join(format!("broken-{number}"));
         let mut first = VisionTrainer::prepare(recipe.clone(), &out, Start::Fresh).unwrap();
@@ -123,7 +103,7 @@ fn every_block_learns_and_resumes_to_the_bit() {
         run(&mut second, u64::MAX);
         assert!(bits(&second) == bits(&unbroken), "{block}");
         let log = |out: &Path| std::fs::read_to_string(out.join("metrics.jsonl")).unwrap().lines().count();
-        assert_eq!((log(&out), log(&whole)), (84, 84));
+        assert_eq!((log(&out), log(&whole)), (82, 82));
         let model = |out: &Path| std::fs::read(out.join("model/model.safetensors")).unwrap();
         assert!(model(&out) == model(&whole));
     }
@@ -139,12 +119,10 @@ fn other_images_or_recipes_are_refused() {
         VisionTrainer::prepare(recipe(root.path(), block), &out, Start::Resume).err().unwrap().to_string()
     };
     assert!(refuse(BLOCKS[2]).contains("cannot resume: vision.block was \"dense\""), "{}", refuse(BLOCKS[2]));
-    let (pixels, labels) = bars(64, 78);
-    idx(&root.path().join("valid.images"), &[64, 8, 8], &pixels);
+    idx(&root.path().join("valid.images"), &[400, 8, 8], &[100; 400 * 64]);
     assert!(refuse(BLOCKS[0]).contains("the images have changed"));
-    idx(&root.path().join("valid.labels"), &[32], &labels[..32]);
-    assert!(refuse(BLOCKS[0]).contains("valid.labels: wanted the labels of 64 images, found dimensions [32]"));
-    let labels: Vec<u8> = labels.iter().map(|_| 9).collect();
-    idx(&root.path().join("valid.labels"), &[64], &labels);
-    assert!(refuse(BLOCKS[0]).contains("data.valid: wanted the 4 classes of data.train, found 9"));
+    idx(&root.path().join("valid.labels"), &[32], &[1; 32]);
+    assert!(refuse(BLOCKS[0]).contains("valid.labels: wanted the labels of 400 images, found dimensions [32]"));
+    idx(&root.path().join("valid.labels"), &[400], &[10; 400]);
+    assert!(refuse(BLOCKS[0]).contains("data.valid: wanted the 10 classes of data.train, found 10"));
 }
