@@ -3,6 +3,8 @@
 mod common;
 
 use common::{assert_fails, config, run, succeed, text, write_model};
+use moebius_model::checkpoint::StoredAs;
+use moebius_model::encoder_decoder::{EncoderDecoder, EncoderDecoderConfig};
 use serde_json::Value;
 use std::path::Path;
 
@@ -66,6 +68,53 @@ fn tables_name_the_parts_and_what_a_configuration_cannot_tell() {
     let bare = succeed(&["info", text(&model.join("config.json"))]);
     assert!(bare.contains("none here") && !bare.contains("F32 "), "{bare}");
     assert!(succeed(&["info"]).contains("total"), "the shipped model");
+}
+
+#[test]
+fn an_encoder_decoder_is_told_by_its_two_stacks() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{"model_type": "switch_transformers", "vocab_size": 50, "d_model": 16, "num_heads": 3, "d_kv": 4,
+        "d_ff": 12, "num_layers": 2, "num_decoder_layers": 3, "num_experts": 5, "expert_capacity": 4,
+        "relative_attention_num_buckets": 8, "encoder_sparse_step": 2, "decoder_sparse_step": 1,
+        "tie_word_embeddings": false}"#;
+    let config = EncoderDecoderConfig::read(config.as_bytes(), "config.json").unwrap();
+    let model = EncoderDecoder::new(&config, 1).unwrap();
+    model.save(folder.path(), StoredAs::Bf16).unwrap();
+    let told = succeed(&["info", text(folder.path()), "--context", "40"]);
+    let told = told.split_whitespace().collect::<Vec<_>>().join(" ");
+    for part in [
+        "switch_transformers: 2 layers of encoder, 3 of decoder, hidden 16, vocabulary 50",
+        "encoder's layers 0 attention, 3 heads of 4 dense 12; 1184 parameters each, 1184 active",
+        "1 attention, 3 heads of 4 5 experts of 12, 1 a token; 2800 parameters each, 1264 active",
+        "decoder's layers 0-2 attention and cross-attention, 3 heads of 4 5 experts of 12, 1 a token;",
+        "decoder's experts 5760 1152 ",
+        "head 800 800 total",
+        "weights, safetensors, one file BF16 32.8 kB",
+        "a token written 288 a token read (cross) 288 ",
+        "at 40 after 40 11.5 k more in attention",
+    ] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    assert!(!told.contains("note"), "as many numbers as parameters: {told}");
+    let (found, bare) = (info(folder.path()), info(&folder.path().join("config.json")));
+    let total: usize = model.params().iter().map(|param| param.n_elements()).sum();
+    assert_eq!(found["parameters"]["total"]["all"], total);
+    assert_eq!(found["weights"]["types"]["BF16"]["bytes"], 2 * total);
+    // Of five experts one, in one layer of the encoder and three of the decoder.
+    assert_eq!(found["parameters"]["total"]["active"], total - 4 * 4 * 2 * 16 * 12);
+    let parts = &found["parameters"];
+    let [encoder, decoder, without] = ["encoder", "decoder", "without_embeddings"].map(|part| {
+        if part.starts_with('w') { parts[part]["all"].as_u64() } else { parts[part]["total"]["all"].as_u64() }
+    });
+    assert_eq!(encoder.unwrap() + decoder.unwrap(), without.unwrap());
+    assert_eq!(without.unwrap() as usize, total - 2 * 50 * 16);
+    assert_eq!(found["flops"]["token_read"]["mixers_at_context"], 4 * 40 * 2 * 12);
+    assert_eq!(found["flops"]["token_written"]["mixers_at_context"], 4 * 80 * 3 * 12);
+    assert_eq!(found["cache_bytes"]["f32"]["token_written"], 3 * 2 * 12 * 4);
+    for key in ["parameters", "layers", "cache_bytes", "flops"] {
+        assert_eq!(bare[key], found[key], "{key}");
+    }
+    assert_eq!((&bare["source"], bare["weights"].is_null()), (&"config".into(), true));
 }
 
 #[test]

@@ -194,7 +194,7 @@ pub struct LayerKind<'c> {
 
 impl Inventory {
     /// Adds what `count` layers have.
-    fn add(&mut self, other: &Self, count: u64) {
+    pub(crate) fn add(&mut self, other: &Self, count: u64) {
         self.mixers += count * other.mixers;
         self.idle_mixers += count * other.idle_mixers;
         self.dense += count * other.dense;

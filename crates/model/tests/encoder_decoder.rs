@@ -4,8 +4,8 @@
 use moebius_kernels::gemm::Precision;
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::encoder_decoder::{DecodingState, EncoderDecoder};
-use moebius_model::safetensors::SafetensorsFile;
-use moebius_model::{Batch, Observer, Silent};
+use moebius_model::safetensors::{SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
+use moebius_model::{Batch, Observer, Silent, Survey, SurveySource};
 use moebius_moe::Routing;
 use moebius_tensor::{Gradients, Graph, Var};
 use std::path::{Path, PathBuf};
@@ -170,4 +170,55 @@ fn bad_input_is_named() {
     std::fs::write(folder.path().join("config.json"), config.replace("\"d_ff\": 12", "\"d_ff\": 13")).unwrap();
     let error = EncoderDecoder::load(folder.path()).unwrap_err().to_string();
     assert!(error.contains("wanted shape [13, 16], found [12, 16]"), "{error}");
+}
+
+#[test]
+fn what_is_counted_is_what_is_stored() {
+    let survey = Survey::open_encoder_decoder(&folder()).unwrap().unwrap();
+    let (config, stored) = (&survey.config, survey.stored.unwrap());
+    let found = config.inventory().unwrap();
+    assert_eq!(found.total(), stored.types["F32"].elements);
+    assert_eq!((stored.types.len(), stored.bytes()), (1, 4 * found.total()));
+    // Two layers each, the second with three experts of 12 behind a router; 3 heads of 4, hidden 16.
+    let attention = 4 * 16 * 12;
+    for (stack, attentions) in [(&found.encoder, 1), (&found.decoder, 2)] {
+        assert_eq!(stack.sum.mixers, 2 * attentions * attention + 8 * 3);
+        assert_eq!((stack.layers[0].dense, stack.layers[0].experts), (2 * 16 * 12, 0));
+        assert_eq!((stack.layers[1].dense, stack.layers[1].routers), (0, 3 * 16));
+        assert_eq!((stack.layers[1].experts, stack.layers[1].chosen_experts), (3 * 2 * 16 * 12, 2 * 16 * 12));
+        assert_eq!(stack.sum.norms, (2 * (attentions + 1) + 1) * 16);
+    }
+    assert_eq!((found.embedding, found.head), (48 * 16, 0));
+    assert_eq!(found.active(), found.total() - 2 * 2 * (2 * 16 * 12));
+    // A dense network, an expert and a router each; a token read also makes keys and values for two layers of the decoder.
+    let networks = 2 * (2 * 16 * 12) + 3 * 16;
+    let read = 2 * attention + networks + 2 * 2 * 16 * 12;
+    let written = 2 * (attention + attention / 2) + networks + 48 * 16;
+    let seen = |tokens: u64| 4 * tokens * 2 * 12;
+    assert_eq!(config.encoder_operations(5).unwrap(), [2 * read, seen(5)]);
+    assert_eq!(config.decoder_operations(5, 7).unwrap(), [2 * written, seen(12)]);
+    assert_eq!(config.cache_bytes(), 2 * 2 * 12 * 4);
+}
+
+#[test]
+fn copies_of_the_embedding_are_not_counted_and_other_families_are_not_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Golden::open().model;
+    model.save(folder.path(), StoredAs::Bf16).unwrap();
+    let named = model.named_tensors(|param| Some(param.value().data()));
+    let mut tensors: Vec<TensorToWrite<'_>> = (named.iter())
+        .map(|of| TensorToWrite { name: of.name.clone(), shape: of.shape.clone(), data: TensorData::BF16(&of.data) })
+        .collect();
+    let shared = &named.iter().find(|of| of.name == "shared.weight").unwrap();
+    let (name, shape) = ("lm_head.weight".to_string(), shared.shape.clone());
+    tensors.push(TensorToWrite { name, shape, data: TensorData::BF16(&shared.data) });
+    write_safetensors(&folder.path().join("model.safetensors"), &tensors).unwrap();
+    let survey = Survey::open_encoder_decoder(folder.path()).unwrap().unwrap();
+    let stored = survey.stored.unwrap();
+    assert_eq!(stored.types["BF16"].elements, survey.config.inventory().unwrap().total());
+    assert_eq!(stored.left_out["copies of the embedding"].bytes, 2 * 48 * 16);
+    let bare = Survey::open_encoder_decoder(&folder.path().join("config.json")).unwrap().unwrap();
+    assert_eq!((bare.config, bare.source, bare.stored), (survey.config, SurveySource::Config, None));
+    let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/mixtral");
+    assert!(Survey::open_encoder_decoder(&other).unwrap().is_none());
 }

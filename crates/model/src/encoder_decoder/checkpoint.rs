@@ -79,6 +79,11 @@ fn block(
     all
 }
 
+/// Whether a tensor is the embedding once more.
+pub(crate) fn is_copy(config: &EncoderDecoderConfig, name: &str) -> bool {
+    COPIES.contains(&name) && (name != "lm_head.weight" || config.tie_embeddings)
+}
+
 /// The files of a folder's weights.
 fn open_files(folder: &Path) -> Result<Vec<SafetensorsFile<'static>>, ModelError> {
     let (weights, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
@@ -91,7 +96,12 @@ fn open_files(folder: &Path) -> Result<Vec<SafetensorsFile<'static>>, ModelError
 impl EncoderDecoder {
     /// Whether a folder holds a model of this kind.
     pub fn is_in(folder: &Path) -> bool {
-        let Ok(bytes) = std::fs::read(folder.join("config.json")) else { return false };
+        Self::is_told_by(&folder.join("config.json"))
+    }
+
+    /// Whether a `config.json` is one of this kind.
+    pub(crate) fn is_told_by(config: &Path) -> bool {
+        let Ok(bytes) = std::fs::read(config) else { return false };
         let config = serde_json::from_slice::<serde_json::Value>(&bytes);
         config.is_ok_and(|config| config.get("model_type").is_some_and(|kind| kind == super::MODEL_TYPE))
     }
@@ -195,7 +205,7 @@ fn check_files(
         if wanted.contains_key(tensor.name) {
             continue;
         }
-        if !COPIES.contains(&tensor.name) || (tensor.name == "lm_head.weight" && !config.tie_embeddings) {
+        if !is_copy(config, tensor.name) {
             let message = format!("the {} configuration has no such tensor", super::MODEL_TYPE);
             return Err(ModelError::tensor(tensor.file, tensor.name, message));
         }

@@ -8,11 +8,15 @@
 
 mod checkpoint;
 mod config;
+mod inventory;
 mod stack;
 mod state;
 
 pub use config::{EncoderDecoderConfig, StackConfig};
+pub use inventory::{EncoderDecoderInventory, StackInventory};
 pub use state::DecodingState;
+
+pub(crate) use checkpoint::is_copy;
 
 use crate::weights::{MakeParam, Weights};
 use crate::{Batch, ModelError, Observer, Silent};

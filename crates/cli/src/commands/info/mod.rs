@@ -1,5 +1,6 @@
 //! `moebius info`: what a model is made of and what it costs, from its configuration and the headers of its files.
 
+mod encoder_decoder;
 mod layers;
 mod report;
 
@@ -8,9 +9,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use moebius_model::Survey;
+use serde_json::Value;
 
 use crate::models::Source;
 use crate::output;
+use encoder_decoder::{EncoderDecoderReport, TRAINED_ON};
 use report::Report;
 
 const EXAMPLES: &str = "\
@@ -23,7 +27,8 @@ Of the weights only headers are read, so that the largest checkpoint takes a mom
 neither what the weights are stored in nor how many bytes they take.
 
 Active parameters take part in one token. FLOPs are multiplications and additions of one token's forward pass; norms, \
-softmax and activations, which are few, are left out.";
+softmax and activations, which are few, are left out. Of an encoder-decoder a token that is read passes the encoder, one \
+that is written the decoder; active are both's.";
 
 /// `moebius info`.
 #[derive(Debug, Args)]
@@ -33,7 +38,7 @@ pub struct InfoArguments {
     #[arg(value_name = "MODEL")]
     pub model: Option<PathBuf>,
 
-    /// Count the FLOPs of a token with so many before it, itself among them [default: the model's context]
+    /// Count the FLOPs of a token with so many before it, itself among them [default: the model's context; 512 of an encoder-decoder, of input and answer each]
     #[arg(long, value_name = "N")]
     pub context: Option<NonZeroUsize>,
 
@@ -47,9 +52,22 @@ pub struct InfoArguments {
 /// # Errors
 /// A model whose configuration or headers cannot be read.
 pub fn execute(arguments: &InfoArguments) -> anyhow::Result<ExitCode> {
+    let encoder_decoder = arguments.model.as_deref().map(Survey::open_encoder_decoder).transpose()?.flatten();
+    if let Some(survey) = encoder_decoder {
+        let report = EncoderDecoderReport::new(&survey, arguments.context.map_or(TRAINED_ON, usize::from))?;
+        return print(arguments, || report.json(), || report.text());
+    }
     let survey = Source::new(arguments.model.as_deref()).survey()?;
     let context = arguments.context.map_or(survey.config.max_positions, usize::from);
     let report = Report::new(&survey, context)?;
-    output::print(&if arguments.json { format!("{}\n", report.json()) } else { report.text() })?;
+    print(arguments, || report.json(), || report.text())
+}
+
+fn print(
+    arguments: &InfoArguments,
+    json: impl FnOnce() -> Value,
+    text: impl FnOnce() -> String,
+) -> anyhow::Result<ExitCode> {
+    output::print(&if arguments.json { format!("{}\n", json()) } else { text() })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -39,21 +39,6 @@ impl<'s> Report<'s> {
         })
     }
 
-    /// Parameters by part: all of them, and those that take part in one token.
-    fn parts(&self) -> [(&'static str, u64, u64); 8] {
-        let i = &self.inventory;
-        [
-            ("embedding", i.embedding, i.embedding),
-            ("mixers", i.mixers, i.mixers - i.idle_mixers),
-            ("routers", i.routers, i.routers),
-            ("experts", i.experts, i.chosen_experts),
-            ("shared experts", i.shared_experts, i.shared_experts),
-            ("dense networks", i.dense, i.dense),
-            ("norms", i.norms, i.norms),
-            ("head", i.head, i.head),
-        ]
-    }
-
     /// All parameters of the layers and the last norm, and the active ones: neither embedding nor head.
     fn without_embeddings(&self) -> [u64; 2] {
         let i = &self.inventory;
@@ -79,66 +64,28 @@ impl<'s> Report<'s> {
             line(&mut text, "", &format!("{}; {sizes}", layers::ffn(config, &layer.ffn)));
         }
         let _ = writeln!(text, "\n{:<26}{:>12}{:>12}", "parameters", "all", "active");
-        let row = |text: &mut String, name: &str, all: u64, active: u64| {
-            let _ = writeln!(text, "  {name:<24}{:>12}{:>12}", short(all), short(active));
-        };
-        for (name, all, active) in self.parts() {
+        for (name, all, active) in parts(&self.inventory) {
             if all > 0 {
-                row(&mut text, name, all, active);
+                parameters_row(&mut text, name, all, active);
             }
         }
         if self.inventory.head == 0 {
             text += "  head                     the embedding\n";
         }
-        row(&mut text, "total", self.inventory.total(), self.inventory.active());
+        parameters_row(&mut text, "total", self.inventory.total(), self.inventory.active());
         let [all, active] = self.without_embeddings();
-        row(&mut text, "less embedding and head", all, active);
-        self.weights(&mut text);
+        parameters_row(&mut text, "less embedding and head", all, active);
+        weights(&mut text, self.survey.stored.as_ref(), self.survey.source, self.inventory.total());
         self.cache(&mut text);
-        let [weights, mixers] = self.operations;
+        let [products, mixers] = self.operations;
         text += "\nFLOPs of a token's forward pass\n";
-        line(&mut text, "with weights", &short(weights));
+        line(&mut text, "with weights", &short(products));
         line(
             &mut text,
             &format!("at {} tokens", self.context),
             &format!("{} more in attention and states", short(mixers)),
         );
         text
-    }
-
-    fn weights(&self, text: &mut String) {
-        let Some(stored) = &self.survey.stored else {
-            let bytes = self.inventory.total() * 2;
-            *text += "\nweights\n";
-            line(text, "none here", "what they are stored in is not in the configuration");
-            return line(text, "in bf16", &format!("they would take {}", bytes_of(bytes)));
-        };
-        let what = match self.survey.source {
-            SurveySource::Gguf => "GGUF",
-            SurveySource::Packed => "packed",
-            SurveySource::Folder | SurveySource::Config => "safetensors",
-        };
-        let files = if stored.files == 1 { "one file".to_string() } else { format!("{} files", stored.files) };
-        let _ = writeln!(text, "\nweights, {what}, {files}");
-        for (name, of) in &stored.types {
-            line(text, name, &format!("{} in {} tensors", bytes_of(of.bytes), of.tensors));
-        }
-        line(text, "total", &bytes_of(stored.bytes()));
-        for (what, of) in &stored.left_out {
-            let found = format!("{what}, {} in {} tensors", bytes_of(of.bytes), of.tensors);
-            line(text, "left out", &found);
-        }
-        if let Some(more) = self.difference(stored) {
-            line(text, "note", &more);
-        }
-    }
-
-    /// Said of tensors that have another number of elements than the model has parameters.
-    fn difference(&self, stored: &StoredWeights) -> Option<String> {
-        let elements: u64 = stored.types.iter().filter(|(name, _)| *name != "scales").map(|(_, of)| of.elements).sum();
-        let total = self.inventory.total();
-        (elements != total)
-            .then(|| format!("they hold {} numbers, the configuration asks for {}", short(elements), short(total)))
     }
 
     fn cache(&self, text: &mut String) {
@@ -161,12 +108,6 @@ impl<'s> Report<'s> {
     /// One object; counts are numbers, bytes and parameters alike.
     pub fn json(&self) -> Value {
         let config = &self.survey.config;
-        let parts = |parts: &[(&str, u64, u64)]| -> Map<String, Value> {
-            let part = |(name, all, active): &(&str, u64, u64)| {
-                (name.replace(' ', "_"), json!({"all": all, "active": active}))
-            };
-            parts.iter().map(part).collect()
-        };
         let layers = self.kinds.iter().map(|kind| {
             json!({
                 "layers": kind.layers,
@@ -183,14 +124,14 @@ impl<'s> Report<'s> {
             (name.to_string(), kinds)
         };
         let [all, active] = self.without_embeddings();
-        let mut parameters = parts(&self.parts());
-        parameters.extend(parts(&[
+        let mut parameters = parts_json(&parts(&self.inventory));
+        parameters.extend(parts_json(&[
             ("total", self.inventory.total(), self.inventory.active()),
             ("without_embeddings", all, active),
         ]));
         json!({
             "family": config.family,
-            "source": format!("{:?}", self.survey.source).to_lowercase(),
+            "source": source_name(self.survey.source),
             "n_layers": config.n_layers(),
             "hidden": config.hidden,
             "vocabulary": config.vocab_size,
@@ -204,7 +145,73 @@ impl<'s> Report<'s> {
     }
 }
 
-fn weights_json(stored: &StoredWeights) -> Value {
+/// Parameters by part: all of them, and those that take part in one token.
+pub fn parts(inventory: &Inventory) -> [(&'static str, u64, u64); 8] {
+    let i = inventory;
+    [
+        ("embedding", i.embedding, i.embedding),
+        ("mixers", i.mixers, i.mixers - i.idle_mixers),
+        ("routers", i.routers, i.routers),
+        ("experts", i.experts, i.chosen_experts),
+        ("shared experts", i.shared_experts, i.shared_experts),
+        ("dense networks", i.dense, i.dense),
+        ("norms", i.norms, i.norms),
+        ("head", i.head, i.head),
+    ]
+}
+
+/// Parts by name, each with all of its parameters and the active ones.
+pub fn parts_json(parts: &[(&str, u64, u64)]) -> Map<String, Value> {
+    let part = |(name, all, active): &(&str, u64, u64)| (name.replace(' ', "_"), json!({"all": all, "active": active}));
+    parts.iter().map(part).collect()
+}
+
+/// A part and its parameters.
+pub fn parameters_row(text: &mut String, name: &str, all: u64, active: u64) {
+    let _ = writeln!(text, "  {name:<24}{:>12}{:>12}", short(all), short(active));
+}
+
+/// What files hold of a model of `total` parameters, or would.
+pub fn weights(text: &mut String, stored: Option<&StoredWeights>, source: SurveySource, total: u64) {
+    let Some(stored) = stored else {
+        *text += "\nweights\n";
+        line(text, "none here", "what they are stored in is not in the configuration");
+        return line(text, "in bf16", &format!("they would take {}", bytes_of(total * 2)));
+    };
+    let what = match source {
+        SurveySource::Gguf => "GGUF",
+        SurveySource::Packed => "packed",
+        SurveySource::Folder | SurveySource::Config => "safetensors",
+    };
+    let files = if stored.files == 1 { "one file".to_string() } else { format!("{} files", stored.files) };
+    let _ = writeln!(text, "\nweights, {what}, {files}");
+    for (name, of) in &stored.types {
+        line(text, name, &format!("{} in {} tensors", bytes_of(of.bytes), of.tensors));
+    }
+    line(text, "total", &bytes_of(stored.bytes()));
+    for (what, of) in &stored.left_out {
+        let found = format!("{what}, {} in {} tensors", bytes_of(of.bytes), of.tensors);
+        line(text, "left out", &found);
+    }
+    if let Some(more) = difference(stored, total) {
+        line(text, "note", &more);
+    }
+}
+
+/// Said of tensors that have another number of elements than the model has parameters.
+fn difference(stored: &StoredWeights, total: u64) -> Option<String> {
+    let elements: u64 = stored.types.iter().filter(|(name, _)| *name != "scales").map(|(_, of)| of.elements).sum();
+    (elements != total)
+        .then(|| format!("they hold {} numbers, the configuration asks for {}", short(elements), short(total)))
+}
+
+/// Where a model was read, in one word.
+pub fn source_name(source: SurveySource) -> String {
+    format!("{source:?}").to_lowercase()
+}
+
+/// What files hold, by type.
+pub fn weights_json(stored: &StoredWeights) -> Value {
     let of = |of: &StoredType| json!({"tensors": of.tensors, "elements": of.elements, "bytes": of.bytes});
     json!({
         "files": stored.files,
@@ -215,11 +222,12 @@ fn weights_json(stored: &StoredWeights) -> Value {
 }
 
 /// A name and what is said of it.
-fn line(text: &mut String, name: &str, what: &str) {
+pub fn line(text: &mut String, name: &str, what: &str) {
     let _ = writeln!(text, "  {name:<24}  {what}");
 }
 
-fn short(number: u64) -> String {
+/// A count as people read it.
+pub fn short(number: u64) -> String {
     count(number as usize)
 }
 
