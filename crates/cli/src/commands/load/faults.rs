@@ -251,20 +251,8 @@ async fn read_slowly(target: &Target, path: &str, body: &Value) -> anyhow::Resul
     }
 }
 
-/// Sends a giant body until the server answers, which it should do long before the end. A server that hangs up on the rest
-/// resets the connection, and the reset may overtake its answer (RFC 9112, 9.6): then it is asked again.
+/// Sends a giant body until the server answers, which it should do long before the end.
 async fn giant(target: &Target, path: &str, chunked: bool) -> anyhow::Result<Vec<u8>> {
-    const STATUS_LINE: usize = "HTTP/1.1 413".len();
-    for _ in 0..3 {
-        match giant_once(target, path, chunked).await {
-            Ok(answer) if answer.len() < STATUS_LINE => {}
-            answered => return answered,
-        }
-    }
-    giant_once(target, path, chunked).await
-}
-
-async fn giant_once(target: &Target, path: &str, chunked: bool) -> anyhow::Result<Vec<u8>> {
     let stream = TcpStream::connect(target.address).await.context("no connection")?;
     let (mut reader, mut writer) = stream.into_split();
     let length = if chunked { "transfer-encoding: chunked".into() } else { format!("content-length: {GIANT}") };
