@@ -72,7 +72,12 @@ fn is_good(body: &Value) -> bool {
 fn reply(stream: &mut TcpStream, status: u16, body: &Value) -> std::io::Result<()> {
     let body = body.to_string();
     let retry = if status == 429 { "retry-after: 0\r\n" } else { "" };
-    write!(stream, "HTTP/1.1 {status} X\r\n{retry}content-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+    let length = body.len();
+    let answer = format!("HTTP/1.1 {status} X\r\n{retry}content-length: {length}\r\nconnection: close\r\n\r\n{body}");
+    stream.write_all(answer.as_bytes())?;
+    // A socket that is closed with something left to read resets the connection, and the reset may overtake the answer.
+    stream.shutdown(std::net::Shutdown::Write)?;
+    std::io::copy(stream, &mut std::io::sink()).map(drop)
 }
 
 /// Answers with the prompt's first words, as many as may be.
