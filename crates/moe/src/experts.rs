@@ -117,8 +117,8 @@ impl ExpertBank {
             self.params().into_iter().try_for_each(Param::check_trainable)?;
         }
         let dropout = self.draw_dropout(g, plan.n_assignments());
-        let rows = Rows { x: x.data(), hidden, plan, weights: weights.data() };
-        let (gate_up, y) = self.compute(precision, &rows, dropout.as_deref());
+        let rows = Rows { x: x.data(), hidden, plan, weights: weights.data(), dropout: dropout.as_deref() };
+        let (gate_up, y) = self.compute(precision, &rows);
         let (token_offsets, token_rows) = plan.rows_of_token();
         let mut out = Buffer::scratch(tokens * hidden);
         let ones;
@@ -139,28 +139,21 @@ impl ExpertBank {
     }
 
     /// All experts on their rows: gate and up `[assignments, 2 * width]`, and answers `[assignments, hidden]`.
-    fn compute(&self, precision: Precision, rows: &Rows, dropout: Option<&[f32]>) -> (Buffer<f32>, Buffer<f32>) {
+    fn compute(&self, precision: Precision, rows: &Rows) -> (Buffer<f32>, Buffer<f32>) {
         let (assignments, width, hidden) = (rows.plan.n_assignments(), self.width, rows.hidden);
         let mut gate_up = Buffer::scratch(assignments * 2 * width);
         let mut y = Buffer::scratch(assignments * hidden);
         let is_frozen = self.gate_up.is_frozen() || self.down.is_frozen();
         if is_frozen || assignments < chunks::ROWS * parallel::threads() {
-            self.compute_whole(precision, rows, dropout, &mut gate_up, &mut y);
+            self.compute_whole(precision, rows, [&mut gate_up, &mut y]);
         } else {
-            self.compute_in_chunks(precision, rows, dropout, &mut gate_up, &mut y);
+            self.compute_in_chunks(precision, rows, [&mut gate_up, &mut y]);
         }
         (gate_up, y)
     }
 
     /// Product after product, each over all rows: the threads share an expert's columns where it has few rows.
-    fn compute_whole(
-        &self,
-        precision: Precision,
-        rows: &Rows,
-        dropout: Option<&[f32]>,
-        gate_up: &mut [f32],
-        y: &mut [f32],
-    ) {
+    fn compute_whole(&self, precision: Precision, rows: &Rows, [gate_up, y]: [&mut [f32]; 2]) {
         let (width, offsets) = (self.width, rows.plan.offsets());
         if self.weighs_input {
             let x_rows = self.rows_read(rows, 0..rows.plan.n_assignments());
@@ -171,20 +164,13 @@ impl ExpertBank {
         let biases = self.biases.as_ref();
         biases.inspect(|[bias, _]| add_by_expert(gate_up, bias.value().data(), offsets, 2 * width));
         let mut inner = Buffer::scratch(gate_up.len() / 2);
-        self.inner(gate_up, dropout, &mut inner);
+        self.inner(gate_up, rows.dropout, &mut inner);
         self.down.grouped_product(precision, &inner, None, offsets, y);
         biases.inspect(|[_, bias]| add_by_expert(y, bias.value().data(), offsets, rows.hidden));
     }
 
     /// The same bits chunk by chunk.
-    fn compute_in_chunks(
-        &self,
-        precision: Precision,
-        rows: &Rows,
-        dropout: Option<&[f32]>,
-        gate_up: &mut [f32],
-        y: &mut [f32],
-    ) {
+    fn compute_in_chunks(&self, precision: Precision, rows: &Rows, [gate_up, y]: [&mut [f32]; 2]) {
         let (width, hidden) = (self.width, rows.hidden);
         let [up_matrices, down_matrices] = [&self.gate_up, &self.down].map(|weight| weight.packed_forward(precision));
         let chunks = chunks::cut(rows.plan.offsets());
@@ -195,7 +181,7 @@ impl ExpertBank {
             let bias = |which: usize| self.biases.as_ref().map(|biases| biases[which].value().data());
             bias(0).inspect(|bias| add_to_rows(gate_up, of_expert(bias, chunk, 2 * width)));
             let mut inner = Buffer::scratch(chunk.rows.len() * width);
-            self.inner(gate_up, dropout.map(|dropout| of_rows(dropout, chunk, width)), &mut inner);
+            self.inner(gate_up, rows.dropout.map(|dropout| of_rows(dropout, chunk, width)), &mut inner);
             product(&inner, &down_matrices[chunk.expert], y);
             bias(1).inspect(|bias| add_to_rows(y, of_expert(bias, chunk, hidden)));
         });
@@ -235,10 +221,11 @@ impl ExpertBank {
     fn backward(&self, precision: Precision, dy: &[f32], inputs: &Inputs, saved: Saved, back: &mut Backprop<'_>) {
         let Inputs { x, plan, weights } = inputs;
         let (assignments, width, hidden) = (plan.n_assignments(), self.width, self.down.shape()[1]);
-        let rows = Rows { x: x.data(), hidden, plan, weights: weights.data() };
+        let Saved { gate_up, dropout } = saved;
+        let rows = Rows { x: x.data(), hidden, plan, weights: weights.data(), dropout: dropout.as_deref() };
         let wants_input = back.wants(x) || self.weighs_input && back.wants(weights);
         let Slopes { dy_rows, inner, dgate_up, dx_rows, dweights } =
-            self.backward_in_chunks(precision, dy, &rows, saved, wants_input);
+            self.backward_in_chunks(precision, dy, &rows, gate_up, wants_input);
         back.give(weights, dweights);
         if let Some([up_bias, down_bias]) = &self.biases {
             let factors = (!self.weighs_input).then_some(weights.data());
@@ -276,10 +263,9 @@ impl ExpertBank {
         precision: Precision,
         dy: &[f32],
         rows: &Rows,
-        saved: Saved,
+        gate_up: Buffer<f32>,
         wants_input: bool,
     ) -> Slopes {
-        let Saved { gate_up, dropout } = saved;
         let (plan, width, hidden) = (rows.plan, self.width, rows.hidden);
         let scratch = |width: usize| Buffer::scratch(plan.n_assignments() * width);
         let mut slopes = Slopes {
@@ -300,7 +286,7 @@ impl ExpertBank {
             let tokens = &plan.token()[chunk.rows.clone()];
             let weights = &rows.weights[chunk.rows.clone()];
             let gate_up = of_rows(&gate_up, chunk, 2 * width);
-            let dropout = dropout.as_ref().map(|dropout| of_rows(dropout, chunk, width));
+            let dropout = rows.dropout.map(|dropout| of_rows(dropout, chunk, width));
             select::gather_rows(dy, hidden, tokens, dy_rows);
             self.inner(gate_up, dropout, inner);
             let mut dinner = Buffer::scratch(inner.len());
@@ -334,7 +320,7 @@ impl ExpertBank {
     }
 }
 
-/// Rows that experts read: those of `x` that the plan names, and what each is weighted with.
+/// Rows that experts read: those of `x` that the plan names, what each is weighted with, and what is dropped inside.
 struct Rows<'a> {
     /// `[tokens, hidden]`
     x: &'a [f32],
@@ -342,6 +328,8 @@ struct Rows<'a> {
     plan: &'a Plan,
     /// `[assignments]`
     weights: &'a [f32],
+    /// `[assignments, width]`
+    dropout: Option<&'a [f32]>,
 }
 
 /// What a backward pass over chunks leaves, all in the plan's order.
@@ -426,7 +414,6 @@ mod tests {
         let plan = Plan::from_choices(experts, 1, &chosen).unwrap();
         let (x, weights) = (random(7, tokens * hidden), random(8, tokens));
         let dropout = random(9, tokens * width);
-        let rows = Rows { x: &x, hidden, plan: &plan, weights: &weights };
         for weighs_input in [false, true] {
             let bank = ExpertBank::new(param(0, &[experts, 2 * width, hidden]), param(1, &[experts, hidden, width]))
                 .and_then(|bank| bank.with_biases(param(2, &[experts, 2, width]), param(3, &[experts, hidden])))
@@ -434,11 +421,10 @@ mod tests {
                 .weighing_input(weighs_input);
             for precision in [Precision::F32, Precision::Bf16] {
                 for dropout in [None, Some(&dropout[..])] {
+                    let rows = Rows { x: &x, hidden, plan: &plan, weights: &weights, dropout };
                     let [mut whole, mut chunked] = [(); 2].map(|()| [2 * width, hidden].map(|w| vec![0.0; tokens * w]));
-                    let [gate_up, y] = &mut whole;
-                    bank.compute_whole(precision, &rows, dropout, gate_up, y);
-                    let [gate_up, y] = &mut chunked;
-                    bank.compute_in_chunks(precision, &rows, dropout, gate_up, y);
+                    bank.compute_whole(precision, &rows, whole.each_mut().map(|part| &mut part[..]));
+                    bank.compute_in_chunks(precision, &rows, chunked.each_mut().map(|part| &mut part[..]));
                     assert!(whole == chunked, "weighs input: {weighs_input}, {precision:?}");
                 }
             }
