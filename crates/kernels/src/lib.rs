@@ -12,6 +12,7 @@ pub mod loss;
 pub mod machine;
 pub mod memory;
 pub mod momentum;
+pub mod narrow;
 pub mod norm;
 pub mod optimizer;
 pub mod orthogonal;

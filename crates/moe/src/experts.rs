@@ -1,16 +1,20 @@
 //! [`ExpertBank`]: the gated networks of a layer, computed on rows sorted by expert.
 
+mod backward;
 mod chunks;
+mod stored;
 
 use crate::{MoeError, Plan};
 use chunks::Chunk;
 use moebius_kernels::gates::{self, Gate};
-use moebius_kernels::gemm::{Beta, Mat, Packed, Precision, grouped_matmul_weight_gradient, matmul_packed};
+use moebius_kernels::gemm::{Beta, Mat, Packed, Precision, matmul_packed};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::parallel;
 use moebius_kernels::select;
-use moebius_tensor::{Backprop, Graph, Param, Rng, Tensor, TensorError, Var};
+use moebius_tensor::{Graph, PackedOnce, Param, Rng, Tensor, TensorError, Var};
+use std::ops::Range;
 use std::rc::Rc;
+use stored::{Source, Stored};
 
 /// `experts` networks down · act(gate · x, up · x), their weights stacked.
 #[derive(Debug)]
@@ -28,7 +32,9 @@ pub struct ExpertBank {
 /// needed.
 struct Saved {
     /// `[assignments, 2 * width]`
-    gate_up: Buffer<f32>,
+    gate_up: Stored,
+    /// Whether the weights' packed forms are worth keeping.
+    keeps_packs: bool,
     dropout: Option<Dropout>,
 }
 
@@ -118,7 +124,8 @@ impl ExpertBank {
         }
         let dropout = self.draw_dropout(g, plan.n_assignments());
         let rows = Rows { x: x.data(), hidden, plan, weights: weights.data(), dropout: dropout.as_deref() };
-        let (gate_up, y) = self.compute(precision, &rows);
+        let mut gate_up = Stored::scratch(g.is_recording(), precision, plan.n_assignments() * 2 * self.width);
+        let y = self.compute(precision, g.keeps_packs(), &rows, &mut gate_up);
         let (token_offsets, token_rows) = plan.rows_of_token();
         let mut out = Buffer::scratch(tokens * hidden);
         let ones;
@@ -134,69 +141,79 @@ impl ExpertBank {
             return Ok(Var::constant(output));
         }
         let inputs = Inputs { x: x.clone(), plan: plan.clone(), weights: weights.clone() };
-        let saved = Saved { gate_up, dropout };
+        let saved = Saved { gate_up, keeps_packs: g.keeps_packs(), dropout };
         Ok(g.record(output, move |dy, back| self.backward(precision, &dy, &inputs, saved, back)))
     }
 
-    /// All experts on their rows: gate and up `[assignments, 2 * width]`, and answers `[assignments, hidden]`.
-    fn compute(&self, precision: Precision, rows: &Rows) -> (Buffer<f32>, Buffer<f32>) {
-        let (assignments, width, hidden) = (rows.plan.n_assignments(), self.width, rows.hidden);
-        let mut gate_up = Buffer::scratch(assignments * 2 * width);
-        let mut y = Buffer::scratch(assignments * hidden);
+    /// All experts on their rows: what they answer, `[assignments, hidden]`, and gates and ups as `gate_up` keeps them.
+    fn compute(&self, precision: Precision, keeps_packs: bool, rows: &Rows, gate_up: &mut Stored) -> Buffer<f32> {
+        let assignments = rows.plan.n_assignments();
+        let mut y = Buffer::scratch(assignments * rows.hidden);
         let is_frozen = self.gate_up.is_frozen() || self.down.is_frozen();
         if is_frozen || assignments < chunks::ROWS * parallel::threads() {
-            self.compute_whole(precision, rows, [&mut gate_up, &mut y]);
+            self.compute_whole(precision, rows, gate_up, &mut y);
         } else {
-            self.compute_in_chunks(precision, rows, [&mut gate_up, &mut y]);
+            self.compute_in_chunks(precision, keeps_packs, rows, gate_up, &mut y);
         }
-        (gate_up, y)
+        y
     }
 
     /// Product after product, each over all rows: the threads share an expert's columns where it has few rows.
-    fn compute_whole(&self, precision: Precision, rows: &Rows, [gate_up, y]: [&mut [f32]; 2]) {
-        let (width, offsets) = (self.width, rows.plan.offsets());
-        if self.weighs_input {
-            let x_rows = self.rows_read(rows, 0..rows.plan.n_assignments());
-            self.gate_up.grouped_product(precision, &x_rows, None, offsets, gate_up);
-        } else {
-            self.gate_up.grouped_product(precision, rows.x, Some(rows.plan.token()), offsets, gate_up);
-        }
+    fn compute_whole(&self, precision: Precision, rows: &Rows, gate_up: &mut Stored, y: &mut [f32]) {
+        let (assignments, width, offsets) = (rows.plan.n_assignments(), self.width, rows.plan.offsets());
         let biases = self.biases.as_ref();
-        biases.inspect(|[bias, _]| add_by_expert(gate_up, bias.value().data(), offsets, 2 * width));
-        let mut inner = Buffer::scratch(gate_up.len() / 2);
-        self.inner(gate_up, rows.dropout, &mut inner);
+        let mut inner = Buffer::scratch(assignments * width);
+        gate_up.all().write(2 * inner.len(), |gate_up| {
+            if self.weighs_input {
+                let x_rows = weighted_rows(rows, 0..assignments);
+                self.gate_up.grouped_product(precision, &x_rows, None, offsets, gate_up);
+            } else {
+                self.gate_up.grouped_product(precision, rows.x, Some(rows.plan.token()), offsets, gate_up);
+            }
+            biases.inspect(|[bias, _]| add_by_expert(gate_up, bias.value().data(), offsets, 2 * width));
+            self.inner(gate_up, rows.dropout, &mut inner);
+        });
         self.down.grouped_product(precision, &inner, None, offsets, y);
         biases.inspect(|[_, bias]| add_by_expert(y, bias.value().data(), offsets, rows.hidden));
     }
 
     /// The same bits chunk by chunk.
-    fn compute_in_chunks(&self, precision: Precision, rows: &Rows, [gate_up, y]: [&mut [f32]; 2]) {
+    fn compute_in_chunks(
+        &self,
+        precision: Precision,
+        keeps_packs: bool,
+        rows: &Rows,
+        gate_up: &mut Stored,
+        y: &mut [f32],
+    ) {
         let (width, hidden) = (self.width, rows.hidden);
-        let [up_matrices, down_matrices] = [&self.gate_up, &self.down].map(|weight| weight.packed_forward(precision));
+        let [up_matrices, down_matrices] = [&self.gate_up, &self.down].map(|weight| match keeps_packs {
+            true => PackedOnce::Kept(weight.packed_forward(precision)),
+            false => weight.packed_forward_once(precision),
+        });
+        let x = Source::new(precision, rows.x);
         let chunks = chunks::cut(rows.plan.offsets());
-        let outputs = chunks::split(&chunks, gate_up, 2 * width).into_iter().zip(chunks::split(&chunks, y, hidden));
-        chunks::for_each(chunks.iter().zip(outputs).collect(), |(chunk, (gate_up, y))| {
-            let x_rows = self.rows_read(rows, chunk.rows.clone());
-            product(&x_rows, &up_matrices[chunk.expert], gate_up);
+        let outputs = gate_up.split(&chunks, 2 * width).into_iter().zip(chunks::split(&chunks, y, hidden));
+        chunks::for_each(chunks.iter().zip(outputs).collect(), |(chunk, (kept, y))| {
             let bias = |which: usize| self.biases.as_ref().map(|biases| biases[which].value().data());
-            bias(0).inspect(|bias| add_to_rows(gate_up, of_expert(bias, chunk, 2 * width)));
             let mut inner = Buffer::scratch(chunk.rows.len() * width);
-            self.inner(gate_up, rows.dropout.map(|dropout| of_rows(dropout, chunk, width)), &mut inner);
-            product(&inner, &down_matrices[chunk.expert], y);
+            kept.write(2 * inner.len(), |gate_up| {
+                let x_rows = self.rows_read(rows, &x, chunk.rows.clone());
+                product(x_rows.matrix(hidden), &up_matrices[chunk.expert], gate_up);
+                bias(0).inspect(|bias| add_to_rows(gate_up, of_expert(bias, chunk, 2 * width)));
+                self.inner(gate_up, rows.dropout.map(|dropout| of_rows(dropout, chunk, width)), &mut inner);
+            });
+            product(Mat::new(&inner, chunk.rows.len(), width), &down_matrices[chunk.expert], y);
             bias(1).inspect(|bias| add_to_rows(y, of_expert(bias, chunk, hidden)));
         });
     }
 
-    /// What the experts read in some of the plan's rows, `[rows, hidden]`.
-    fn rows_read(&self, rows: &Rows, range: std::ops::Range<usize>) -> Buffer<f32> {
-        let mut x_rows = Buffer::scratch(range.len() * rows.hidden);
-        let tokens = &rows.plan.token()[range.clone()];
-        if self.weighs_input {
-            select::gather_rows_weighted(rows.x, rows.hidden, tokens, &rows.weights[range], &mut x_rows);
-        } else {
-            select::gather_rows(rows.x, rows.hidden, tokens, &mut x_rows);
+    /// What the experts read in some of the plan's rows, `[rows, hidden]`; `x` is that of `rows`.
+    fn rows_read(&self, rows: &Rows, x: &Source, range: Range<usize>) -> Stored {
+        match self.weighs_input {
+            true => Stored::F32(weighted_rows(rows, range)),
+            false => x.gather(rows.hidden, &rows.plan.token()[range]),
         }
-        x_rows
     }
 
     /// act(gate, up) less what is dropped, `[rows, width]`.
@@ -216,108 +233,6 @@ impl ExpertBank {
         let kept = 1.0 / (1.0 - share);
         Some((0..rows * self.width).map(|_| if rng.uniform() < share { 0.0 } else { kept }).collect())
     }
-
-    /// Each buffer goes as soon as nothing needs it: the next one often takes its memory.
-    fn backward(&self, precision: Precision, dy: &[f32], inputs: &Inputs, saved: Saved, back: &mut Backprop<'_>) {
-        let Inputs { x, plan, weights } = inputs;
-        let (assignments, width, hidden) = (plan.n_assignments(), self.width, self.down.shape()[1]);
-        let Saved { gate_up, dropout } = saved;
-        let rows = Rows { x: x.data(), hidden, plan, weights: weights.data(), dropout: dropout.as_deref() };
-        let wants_input = back.wants(x) || self.weighs_input && back.wants(weights);
-        let Slopes { dy_rows, inner, dgate_up, dx_rows, dweights } =
-            self.backward_in_chunks(precision, dy, &rows, gate_up, wants_input);
-        back.give(weights, dweights);
-        if let Some([up_bias, down_bias]) = &self.biases {
-            let factors = (!self.weighs_input).then_some(weights.data());
-            sum_by_expert(&dy_rows, factors, plan.offsets(), hidden, back.weight_sum(down_bias));
-            sum_by_expert(&dgate_up, None, plan.offsets(), 2 * width, back.weight_sum(up_bias));
-        }
-        let (ddown, beta) = back.weight(&self.down);
-        let [dy_matrix, inner_matrix] = [(&dy_rows, hidden), (&inner, width)].map(|(m, w)| Mat::new(m, assignments, w));
-        grouped_matmul_weight_gradient(precision, dy_matrix, inner_matrix, plan.offsets(), ddown, beta);
-        drop((dy_rows, inner));
-        if let Some((dx, beta)) = back.of(x) {
-            let (token_offsets, token_rows) = plan.rows_of_token();
-            match beta {
-                Beta::Accumulate => select::scatter_add(&dx_rows, hidden, token_offsets, token_rows, dx),
-                // Times one: the same sums without reading zeros first.
-                Beta::Overwrite => {
-                    let ones = vec![1.0; assignments];
-                    select::scatter_weighted(&dx_rows, hidden, token_offsets, token_rows, &ones, dx);
-                }
-            }
-        }
-        drop(dx_rows);
-        let x_rows = self.rows_read(&rows, 0..assignments);
-        let (dweight, beta) = back.weight(&self.gate_up);
-        let [dgate_up, x_rows] = [(&dgate_up, 2 * width), (&x_rows, hidden)].map(|(m, w)| Mat::new(m, assignments, w));
-        grouped_matmul_weight_gradient(precision, dgate_up, x_rows, plan.offsets(), dweight, beta);
-    }
-
-    /// From the slope by the layer's answer to what the gradients of weights and input are made of.
-    ///
-    /// A token's answer is Σ w down(inner): the slope of w is dy · down(inner), which is dinner · inner for dinner = dy down,
-    /// so that the experts' answers need not be kept; and w, a number a row, goes with inner instead of dy.
-    fn backward_in_chunks(
-        &self,
-        precision: Precision,
-        dy: &[f32],
-        rows: &Rows,
-        gate_up: Buffer<f32>,
-        wants_input: bool,
-    ) -> Slopes {
-        let (plan, width, hidden) = (rows.plan, self.width, rows.hidden);
-        let scratch = |width: usize| Buffer::scratch(plan.n_assignments() * width);
-        let mut slopes = Slopes {
-            dy_rows: scratch(hidden),
-            inner: scratch(width),
-            dgate_up: scratch(2 * width),
-            dx_rows: scratch(if wants_input { hidden } else { 0 }),
-            dweights: scratch(1),
-        };
-        let [up_matrices, down_matrices] = [&self.gate_up, &self.down].map(|weight| weight.packed_backward(precision));
-        let chunks = chunks::cut(plan.offsets());
-        let Slopes { dy_rows, inner, dgate_up, dx_rows, dweights } = &mut slopes;
-        let split = |matrix, width| chunks::split(&chunks, matrix, width).into_iter();
-        let tasks = (chunks.iter().zip(split(dy_rows, hidden)).zip(split(inner, width)))
-            .zip(split(dgate_up, 2 * width).zip(split(dx_rows, if wants_input { hidden } else { 0 })))
-            .zip(split(dweights, 1));
-        chunks::for_each(tasks.collect(), |((((chunk, dy_rows), inner), (dgate_up, dx_rows)), dweights)| {
-            let tokens = &plan.token()[chunk.rows.clone()];
-            let weights = &rows.weights[chunk.rows.clone()];
-            let gate_up = of_rows(&gate_up, chunk, 2 * width);
-            let dropout = rows.dropout.map(|dropout| of_rows(dropout, chunk, width));
-            select::gather_rows(dy, hidden, tokens, dy_rows);
-            self.inner(gate_up, dropout, inner);
-            let mut dinner = Buffer::scratch(inner.len());
-            product(dy_rows, &down_matrices[chunk.expert], &mut dinner);
-            if !self.weighs_input {
-                let all: Vec<u32> = (0..tokens.len() as u32).collect();
-                select::gathered_dots(&dinner, width, &all, inner, dweights);
-                if let Some([_, bias]) = &self.biases {
-                    let bias = of_expert(bias.value().data(), chunk, hidden);
-                    let of_bias = |dy: &[f32]| dy.iter().zip(bias).map(|(dy, bias)| dy * bias).sum::<f32>();
-                    dweights.iter_mut().zip(dy_rows.chunks_exact(hidden)).for_each(|(sum, dy)| *sum += of_bias(dy));
-                }
-                scale_rows(&mut dinner, weights, width);
-                scale_rows(inner, weights, width);
-            }
-            thin(&mut dinner, dropout);
-            gates::gated_backward(self.gate, &dinner, gate_up, width, dgate_up);
-            if wants_input {
-                product(dgate_up, &up_matrices[chunk.expert], dx_rows);
-            }
-            if self.weighs_input {
-                // A weight's slope: what its row of the input would change, by x.
-                match wants_input {
-                    true => select::gathered_dots(rows.x, hidden, tokens, dx_rows, dweights),
-                    false => dweights.fill(0.0),
-                }
-                scale_rows(dx_rows, weights, hidden);
-            }
-        });
-        slopes
-    }
 }
 
 /// Rows that experts read: those of `x` that the plan names, what each is weighted with, and what is dropped inside.
@@ -332,23 +247,17 @@ struct Rows<'a> {
     dropout: Option<&'a [f32]>,
 }
 
-/// What a backward pass over chunks leaves, all in the plan's order.
-struct Slopes {
-    /// The slopes by a token's answer, unweighted, `[assignments, hidden]`.
-    dy_rows: Buffer<f32>,
-    /// Inner activations times the rows' weights, `[assignments, width]`.
-    inner: Buffer<f32>,
-    /// `[assignments, 2 * width]`
-    dgate_up: Buffer<f32>,
-    /// `[assignments, hidden]`; empty where nobody wants it.
-    dx_rows: Buffer<f32>,
-    /// `[assignments]`
-    dweights: Buffer<f32>,
+/// Rows of `x` times their weights, `[rows, hidden]`.
+fn weighted_rows(rows: &Rows, range: Range<usize>) -> Buffer<f32> {
+    let mut x_rows = Buffer::scratch(range.len() * rows.hidden);
+    let tokens = &rows.plan.token()[range.clone()];
+    select::gather_rows_weighted(rows.x, rows.hidden, tokens, &rows.weights[range], &mut x_rows);
+    x_rows
 }
 
 /// `y = x b`.
-fn product(x: &[f32], b: &Packed, y: &mut [f32]) {
-    matmul_packed(Mat::new(x, x.len() / b.k().max(1), b.k()), b, y, Beta::Overwrite);
+fn product(x: Mat, b: &Packed, y: &mut [f32]) {
+    matmul_packed(x, b, y, Beta::Overwrite);
 }
 
 /// A chunk's rows of a matrix of `width` columns.
@@ -365,10 +274,6 @@ fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
     rows.chunks_exact_mut(bias.len().max(1)).for_each(|row| select::add_assign(row, bias));
 }
 
-fn scale_rows(rows: &mut [f32], factors: &[f32], width: usize) {
-    rows.chunks_exact_mut(width.max(1)).zip(factors).for_each(|(row, factor)| select::scale(row, *factor));
-}
-
 /// Drops inner activations, or their gradients.
 fn thin(inner: &mut [f32], dropout: Option<&[f32]>) {
     if let Some(factors) = dropout {
@@ -380,16 +285,6 @@ fn thin(inner: &mut [f32], dropout: Option<&[f32]>) {
 fn add_by_expert(rows: &mut [f32], biases: &[f32], offsets: &[usize], width: usize) {
     for (bias, bounds) in biases.chunks_exact(width.max(1)).zip(offsets.windows(2)) {
         add_to_rows(&mut rows[bounds[0] * width..bounds[1] * width], bias);
-    }
-}
-
-/// Adds each expert's rows, times their factors, to its sum, row after row: one order, whatever the threads.
-fn sum_by_expert(rows: &[f32], factors: Option<&[f32]>, offsets: &[usize], width: usize, sums: &mut [f32]) {
-    for (sum, bounds) in sums.chunks_exact_mut(width.max(1)).zip(offsets.windows(2)) {
-        for row in bounds[0]..bounds[1] {
-            let factor = factors.map_or(1.0, |factors| factors[row]);
-            select::scaled_add(sum, factor, &rows[row * width..][..width]);
-        }
     }
 }
 
@@ -422,9 +317,16 @@ mod tests {
             for precision in [Precision::F32, Precision::Bf16] {
                 for dropout in [None, Some(&dropout[..])] {
                     let rows = Rows { x: &x, hidden, plan: &plan, weights: &weights, dropout };
-                    let [mut whole, mut chunked] = [(); 2].map(|()| [2 * width, hidden].map(|w| vec![0.0; tokens * w]));
-                    bank.compute_whole(precision, &rows, whole.each_mut().map(|part| &mut part[..]));
-                    bank.compute_in_chunks(precision, &rows, chunked.each_mut().map(|part| &mut part[..]));
+                    let answers = |chunked: bool| {
+                        let mut kept = Stored::scratch(true, precision, tokens * 2 * width);
+                        let mut y = vec![0.0; tokens * hidden];
+                        match chunked {
+                            true => bank.compute_in_chunks(precision, false, &rows, &mut kept, &mut y),
+                            false => bank.compute_whole(precision, &rows, &mut kept, &mut y),
+                        }
+                        (kept.read(0..tokens * 2 * width, <[f32]>::to_vec), y)
+                    };
+                    let (whole, chunked) = (answers(false), answers(true));
                     assert!(whole == chunked, "weighs input: {weighs_input}, {precision:?}");
                 }
             }

@@ -116,6 +116,7 @@ pub(crate) struct GraphSettings {
     router_precision: Precision,
     expert_dropout: f32,
     seed: u64,
+    keeps_packs: bool,
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
@@ -123,7 +124,13 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 impl<'p> Graph<'p> {
     fn new(precision: Precision, training: bool, recording: bool) -> Self {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let settings = GraphSettings { precision, router_precision: Precision::F32, expert_dropout: 0.0, seed: 0 };
+        let settings = GraphSettings {
+            precision,
+            router_precision: Precision::F32,
+            expert_dropout: 0.0,
+            seed: 0,
+            keeps_packs: true,
+        };
         Self { id, settings, training, tape: recording.then(RefCell::default) }
     }
 
@@ -170,6 +177,19 @@ impl<'p> Graph<'p> {
     /// Decides every random number of what runs here; what is computed again draws the same.
     pub fn seed(&self) -> u64 {
         self.settings.seed
+    }
+
+    /// The same, for weights that change before they are used again: the packed forms of experts, which are most of a
+    /// model, are not kept.
+    #[must_use]
+    pub fn with_weights_used_once(self) -> Self {
+        let settings = GraphSettings { keeps_packs: false, ..self.settings };
+        Self { settings, ..self }
+    }
+
+    /// Whether packed forms of the weights are worth keeping.
+    pub fn keeps_packs(&self) -> bool {
+        self.settings.keeps_packs
     }
 
     /// The precision of matrix operands (accumulators are f32 always).

@@ -6,6 +6,7 @@ use moebius_kernels::memory::{self, Buffer};
 use moebius_kernels::parallel;
 use moebius_kernels::quantised::{QuantisedMatrix, grouped_quantised_matmul};
 use moebius_kernels::select;
+use std::ops::Deref;
 use std::sync::OnceLock;
 
 /// Packed forms of one weight, one `Packed` a matrix, by precision.
@@ -254,6 +255,16 @@ impl Param {
         self.backward[precision as usize].get_or_init(|| self.pack(precision, false))
     }
 
+    /// As [`Param::packed_forward`], for one use: packed forms that are not there already are not kept.
+    pub fn packed_forward_once(&self, precision: Precision) -> PackedOnce<'_> {
+        PackedOnce::of(&self.forward[precision as usize], || self.pack(precision, true))
+    }
+
+    /// As [`Param::packed_backward`], for one use.
+    pub fn packed_backward_once(&self, precision: Precision) -> PackedOnce<'_> {
+        PackedOnce::of(&self.backward[precision as usize], || self.pack(precision, false))
+    }
+
     fn pack(&self, precision: Precision, transposed: bool) -> Vec<Packed> {
         let [.., rows, cols] = *self.shape() else { panic!("{}: a vector is no matrix", self.name) };
         let matrices: Vec<Mat> = (self.value().data().chunks_exact((rows * cols).max(1)))
@@ -261,6 +272,32 @@ impl Param {
             .map(|w| if transposed { w.t() } else { w })
             .collect();
         Packed::pack_many(precision, &matrices)
+    }
+}
+
+/// Packed forms of a weight: the weight's own, or made for one use.
+#[derive(Debug)]
+pub enum PackedOnce<'p> {
+    /// Those that the weight keeps.
+    Kept(&'p [Packed]),
+    /// Gone with this value.
+    Made(Vec<Packed>),
+}
+
+impl<'p> PackedOnce<'p> {
+    fn of(kept: &'p OnceLock<Vec<Packed>>, make: impl FnOnce() -> Vec<Packed>) -> Self {
+        kept.get().map_or_else(|| Self::Made(make()), |kept| Self::Kept(kept))
+    }
+}
+
+impl Deref for PackedOnce<'_> {
+    type Target = [Packed];
+
+    fn deref(&self) -> &[Packed] {
+        match self {
+            Self::Kept(packed) => packed,
+            Self::Made(packed) => packed,
+        }
     }
 }
 
@@ -367,6 +404,15 @@ mod tests {
         assert_eq!(product(&param), ([-321.0, -654.0], [-41.0, -52.0, -63.0]));
         param.set(Tensor::zeros(&[2, 3]));
         assert_eq!(product(&param), ([0.0; 2], [0.0; 3]));
+    }
+
+    #[test]
+    fn packs_for_one_use_are_not_kept() {
+        let param = Param::new(0, "w", Tensor::new(&[2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+        assert!(matches!(param.packed_backward_once(Precision::Bf16), PackedOnce::Made(_)));
+        assert!(matches!(param.packed_backward_once(Precision::Bf16), PackedOnce::Made(_)));
+        let kept = param.packed_backward(Precision::Bf16);
+        assert_eq!(param.packed_backward_once(Precision::Bf16).as_ptr(), kept.as_ptr());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! them before anything is used.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use moebius_model::safetensors::{SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::average::Average;
 use crate::data::sampler::Position;
 use crate::data::tokenizer::TextTokenizer;
-use crate::digest::Digest;
+use crate::digest::{Digest, Hasher};
 use crate::optimizer::Optimizer;
 use crate::recipe::ExportDtype;
 use crate::{Recipe, Result, TrainError, files, model_folder};
@@ -199,9 +200,21 @@ pub fn load(folder: &Path, config: &ModelConfig, recipe: &Recipe) -> Result<Lear
     Ok(learner)
 }
 
+/// Reads a file piece by piece: the moments of a model are twice its size.
 fn facts_of(path: &Path) -> Result<FileFacts> {
-    let bytes = std::fs::read(path).map_err(TrainError::io("read", path))?;
-    Ok(FileFacts { bytes: bytes.len() as u64, fingerprint: Digest::of(&bytes) })
+    let mut file = std::fs::File::open(path).map_err(TrainError::io("read", path))?;
+    let (mut hasher, mut bytes, mut piece) = (Hasher::default(), 0, vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut piece) {
+            Ok(0) => return Ok(FileFacts { bytes, fingerprint: hasher.finish() }),
+            Ok(len) => {
+                hasher.write(&piece[..len]);
+                bytes += len as u64;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(TrainError::io("read", path)(error)),
+        }
+    }
 }
 
 fn write_moments(path: &Path, learner: &Learner) -> Result<()> {

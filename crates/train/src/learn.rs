@@ -206,6 +206,8 @@ pub fn gradients(
         recompute: recipe.train.checkpoint_activations,
     };
     let graph = set_up(Graph::training(recipe.train.precision.into()), recipe, seed);
+    let uses_once = recipe.train.accumulation == 1 && !settings.recompute;
+    let graph = if uses_once { graph.with_weights_used_once() } else { graph };
     let batch = batch_of(windows);
     let loss = with_team(|| -> Result<_> {
         let loss = model.loss(&graph, &batch, &windows.targets, &settings)?;

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::kernels::Lines;
+use super::mat::Numbers;
 use super::packed::{BLOCK_WORDS, LANES};
 
 /// Sixteen lines (or words) of sixteen words (or lines).
@@ -94,9 +95,11 @@ pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words:
 #[target_feature(enable = "avx512f")]
 fn prefetch_lines(lines: &Lines, line: usize, k: usize) {
     for line in line..lines.count.min(line + LANES) {
-        let start = lines.start().wrapping_add(line * lines.line_stride + k);
-        _mm_prefetch::<_MM_HINT_T1>(start.cast());
-        _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(LANES).cast());
+        let start = lines.address(line, k);
+        _mm_prefetch::<_MM_HINT_T1>(start);
+        if matches!(lines.data, Numbers::F32(_)) {
+            _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(64));
+        }
     }
 }
 
@@ -106,8 +109,7 @@ fn prefetch_lines(lines: &Lines, line: usize, k: usize) {
 fn prefetch_words<const BF16: bool>(lines: &Lines, line: usize, k: usize) {
     let block_k = if BF16 { 2 * LANES } else { LANES };
     for k in k..lines.k.min(k + block_k) {
-        let start = lines.start().wrapping_add(line + k * lines.k_stride);
-        _mm_prefetch::<_MM_HINT_T1>(start.cast());
+        _mm_prefetch::<_MM_HINT_T1>(lines.address(line, k));
     }
 }
 
@@ -122,9 +124,17 @@ fn load_block<const BF16: bool>(lines: &Lines, line: usize, k: usize) -> Block {
     if count == 0 {
         return block;
     }
+    let at = line * lines.line_stride + k * lines.k_stride;
+    let data = match lines.data {
+        Numbers::F32(data) => data,
+        Numbers::Bf16(data) => {
+            // SAFETY: as below.
+            return unsafe { load_rounded(data.as_ptr().add(at), lines, count, k_count) };
+        }
+    };
     // SAFETY: inside the lines, as `Lines` checked when it was made; so are all the addresses below, which stay under
     // `count` lines and `k_count` elements.
-    let start = unsafe { lines.start().add(line * lines.line_stride + k * lines.k_stride) };
+    let start = unsafe { data.as_ptr().add(at) };
     if lines.k_stride == 1 {
         let (low, high) = (mask(k_count), mask(k_count.saturating_sub(LANES)));
         for (i, words) in block.iter_mut().enumerate().take(count) {
@@ -158,6 +168,34 @@ fn load_block<const BF16: bool>(lines: &Lines, line: usize, k: usize) -> Block {
                 _mm512_castps_si512(element(i))
             };
         }
+    }
+    block
+}
+
+/// As [`load_block`] for a source of bf16: nothing to round.
+///
+/// # Safety
+/// At `start` stand `count` lines, with the strides of `lines`, of `k_count` elements.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn load_rounded(start: *const u16, lines: &Lines, count: usize, k_count: usize) -> Block {
+    let mut block = [_mm512_setzero_si512(); LANES];
+    if lines.k_stride == 1 {
+        let elements: __mmask32 = if k_count >= 2 * LANES { !0 } else { (1 << k_count) - 1 };
+        for (i, words) in block.iter_mut().enumerate().take(count) {
+            // SAFETY: the caller's promise; the mask keeps to `k_count` elements.
+            *words = unsafe { _mm512_maskz_loadu_epi16(elements, start.add(i * lines.line_stride).cast()) };
+        }
+        return block;
+    }
+    let lanes = mask(count);
+    let element = |k: usize| match k < k_count {
+        // SAFETY: the caller's promise; the mask keeps to `count` lines.
+        true => unsafe { _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, start.add(k * lines.k_stride).cast())) },
+        false => _mm512_setzero_si512(),
+    };
+    for (i, words) in block.iter_mut().enumerate() {
+        *words = _mm512_or_si512(element(2 * i), _mm512_slli_epi32::<16>(element(2 * i + 1)));
     }
     block
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::mat::Numbers;
 use super::packed::{BLOCK_WORDS, LANES};
 use super::{Mat, Precision, portable};
 #[cfg(target_arch = "x86_64")]
@@ -41,7 +42,7 @@ pub(super) type MultiplyFn = unsafe fn(&BlockProduct);
 /// Rows of the left operand, or columns of the right one, to be packed along K.
 #[derive(Clone, Copy)]
 pub(super) struct Lines<'a> {
-    data: &'a [f32],
+    pub(super) data: Numbers<'a>,
     pub(super) count: usize,
     /// Elements of a line.
     pub(super) k: usize,
@@ -65,14 +66,26 @@ impl<'a> Lines<'a> {
         Self::rows(b.t())
     }
 
-    pub(super) fn start(&self) -> *const f32 {
-        self.data.as_ptr()
+    /// Where element `k` of line `line` stands or would stand: for prefetching.
+    pub(super) fn address(&self, line: usize, k: usize) -> *const i8 {
+        let at = line * self.line_stride + k * self.k_stride;
+        match self.data {
+            Numbers::F32(data) => data.as_ptr().wrapping_add(at).cast(),
+            Numbers::Bf16(data) => data.as_ptr().wrapping_add(at).cast(),
+        }
     }
 
-    /// `count` elements that follow each other in memory, from element `k` of line `line` on.
+    /// Copies elements that follow each other in memory, from element `k` of line `line` on.
     #[inline(always)]
-    pub(super) fn run(&self, line: usize, k: usize, count: usize) -> &[f32] {
-        &self.data[line * self.line_stride + k * self.k_stride..][..count]
+    pub(super) fn copy_run(&self, line: usize, k: usize, out: &mut [f32]) {
+        let at = line * self.line_stride + k * self.k_stride;
+        match self.data {
+            Numbers::F32(data) => out.copy_from_slice(&data[at..at + out.len()]),
+            Numbers::Bf16(data) => {
+                let run = &data[at..at + out.len()];
+                out.iter_mut().zip(run).for_each(|(out, &bits)| *out = f32::from_bits(u32::from(bits) << 16));
+            }
+        }
     }
 }
 
@@ -121,6 +134,7 @@ impl Kernels {
 
     /// Packs rows as blocks `[k blocks][rows of the block][16 words]`, the last block padded.
     pub(super) fn pack_rows(&self, rows: &Lines, words: &mut [u32]) {
+        self.check_numbers(rows);
         let padded = self.padded_rows(rows.count);
         assert!(words.len() >= self.precision.k_blocks(rows.k) * padded * LANES);
         // SAFETY: `of` gave this table, so the instruction set is there; `Lines` checked what is read, and the
@@ -132,11 +146,17 @@ impl Kernels {
     ///
     /// With `stream` they are written past the cache, which is faster when they would not stay in it.
     pub(super) fn pack_panels(&self, columns: &Lines, stream: bool, words: &mut [u32]) {
+        self.check_numbers(columns);
         let panel_words = self.precision.k_blocks(columns.k) * BLOCK_WORDS;
         assert_eq!(words.len(), columns.count.div_ceil(LANES) * panel_words);
         assert!(words.is_empty() || words.as_ptr().addr().is_multiple_of(64), "panels are aligned");
         // SAFETY: as in `pack_rows`.
         unsafe { (self.pack_panels)(columns, panel_words, stream, words.as_mut_ptr()) }
+    }
+
+    fn check_numbers(&self, lines: &Lines) {
+        let are_rounded = matches!(lines.data, Numbers::Bf16(_));
+        assert!(self.precision == Precision::Bf16 || !are_rounded, "rounded operands of a product in f32");
     }
 
     /// The product of a packed block of rows, along `k_blocks` of K, with some columns of `b`.

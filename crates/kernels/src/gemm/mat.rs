@@ -1,11 +1,37 @@
-//! A view of an f32 matrix, as the products take their operands.
+//! A view of a matrix of f32 or bf16, as the products take their operands.
 
 use std::ops::Range;
+
+/// The numbers of a matrix.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Numbers<'a> {
+    F32(&'a [f32]),
+    /// The bits of bf16.
+    Bf16(&'a [u16]),
+}
+
+impl Numbers<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::F32(data) => data.len(),
+            Self::Bf16(data) => data.len(),
+        }
+    }
+
+    /// What stands from `start` on, or nothing if that is behind the end.
+    fn from(self, start: usize) -> Self {
+        let start = start.min(self.len());
+        match self {
+            Self::F32(data) => Self::F32(&data[start..]),
+            Self::Bf16(data) => Self::Bf16(&data[start..]),
+        }
+    }
+}
 
 /// A matrix in a slice: element `(row, column)` stands at `row * row_stride + column * col_stride`; one stride is 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Mat<'a> {
-    pub(super) data: &'a [f32],
+    pub(super) data: Numbers<'a>,
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) row_stride: usize,
@@ -18,6 +44,18 @@ impl<'a> Mat<'a> {
     /// # Shapes
     /// `data` `[rows, cols]`.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::whole(Numbers::F32(data), rows, cols)
+    }
+
+    /// A whole row-major matrix of bf16, for products whose operands are rounded to them.
+    ///
+    /// # Shapes
+    /// `data` `[rows, cols]`.
+    pub fn bf16(data: &'a [u16], rows: usize, cols: usize) -> Self {
+        Self::whole(Numbers::Bf16(data), rows, cols)
+    }
+
+    fn whole(data: Numbers<'a>, rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols, "a matrix of {rows} rows and {cols} columns");
         Self { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
@@ -27,7 +65,7 @@ impl<'a> Mat<'a> {
         let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
         assert!(cols <= row_stride || rows <= 1, "rows of {cols} columns overlap at stride {row_stride}");
         assert!(end <= data.len(), "{rows} rows of {cols} columns, {row_stride} apart, in {} elements", data.len());
-        Self { data, rows, cols, row_stride, col_stride: 1 }
+        Self { data: Numbers::F32(data), rows, cols, row_stride, col_stride: 1 }
     }
 
     /// The transposed view.
@@ -50,15 +88,18 @@ impl<'a> Mat<'a> {
     /// Element `(row, column)`.
     pub fn at(&self, row: usize, column: usize) -> f32 {
         assert!(row < self.rows && column < self.cols);
-        self.data[row * self.row_stride + column * self.col_stride]
+        let at = row * self.row_stride + column * self.col_stride;
+        match self.data {
+            Numbers::F32(data) => data[at],
+            Numbers::Bf16(data) => f32::from_bits(u32::from(data[at]) << 16),
+        }
     }
 
     /// The view of some of the rows.
     #[must_use]
     pub fn row_range(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
-        let start = (rows.start * self.row_stride).min(self.data.len());
-        Self { data: &self.data[start..], rows: rows.len(), ..self }
+        Self { data: self.data.from(rows.start * self.row_stride), rows: rows.len(), ..self }
     }
 
     /// The view of some of the columns.

@@ -58,6 +58,12 @@ impl Precision {
     }
 }
 
+/// The bits of the nearest bf16, ties to even.
+#[inline(always)]
+pub(crate) fn bf16_of(value: f32) -> u16 {
+    (portable::round(value) >> 16) as u16
+}
+
 /// What becomes of the result's old content.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Beta {

@@ -85,7 +85,7 @@ fn load_block<const BF16: bool>(lines: &Lines, line: usize, k: usize) -> Block {
         for (i, words) in block.iter_mut().enumerate().take(lines.count.saturating_sub(line)) {
             let mut source = [0.0; 2 * LANES];
             let count = block_k.min(lines.k - k);
-            source[..count].copy_from_slice(lines.run(line + i, k, count));
+            lines.copy_run(line + i, k, &mut source[..count]);
             for (i, word) in words.iter_mut().enumerate() {
                 *word = if BF16 { pair(source[2 * i], source[2 * i + 1]) } else { source[i].to_bits() };
             }
@@ -96,7 +96,7 @@ fn load_block<const BF16: bool>(lines: &Lines, line: usize, k: usize) -> Block {
     let load = |k: usize| {
         let mut source = [0.0; LANES];
         if k < lines.k && count > 0 {
-            source[..count].copy_from_slice(lines.run(line, k, count));
+            lines.copy_run(line, k, &mut source[..count]);
         }
         source
     };

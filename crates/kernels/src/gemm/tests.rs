@@ -125,6 +125,33 @@ fn check(isa: Isa, m: usize, n: usize, k: usize, a_kind: usize, b_kind: usize) {
 }
 
 #[test]
+fn sources_of_bf16_give_the_bits_of_f32() {
+    on_every_isa(|isa| {
+        for (m, n, k) in [(1, 16, 32), (13, 18, 35), (16, 33, 31), (40, 7, 3), (30, 300, 70), (150, 20, 900)] {
+            let (a, b) = (values(m * k, 1), values(k * n, 2));
+            let [a16, b16] = [&a, &b].map(|x| x.iter().map(|&x| bf16_of(x)).collect::<Vec<_>>());
+            let product = |a: Mat, b: Mat| {
+                let mut c = vec![0.0; m * n];
+                matmul(Precision::Bf16, a, b, &mut c, Beta::Overwrite);
+                c
+            };
+            let what = format!("{isa} [{m}, {k}] x [{k}, {n}]");
+            let wanted = product(Mat::new(&a, m, k), Mat::new(&b, k, n));
+            assert!(product(Mat::bf16(&a16, m, k), Mat::bf16(&b16, k, n)) == wanted, "{what}");
+            let wanted = product(Mat::new(&a, k, m).t(), Mat::new(&b, n, k).t());
+            assert!(product(Mat::bf16(&a16, k, m).t(), Mat::bf16(&b16, n, k).t()) == wanted, "{what}, transposed");
+        }
+    });
+}
+
+#[test]
+#[should_panic(expected = "rounded operands of a product in f32")]
+fn sources_of_bf16_are_not_for_f32() {
+    let packed = Packed::pack(Precision::F32, Mat::new(&[1.0], 1, 1));
+    matmul_packed(Mat::bf16(&[0x3f80], 1, 1), &packed, &mut [0.0], Beta::Overwrite);
+}
+
+#[test]
 fn a_row_does_not_know_the_others() {
     on_every_isa(|isa| {
         let (m, n, k) = (77, 83, 1500);

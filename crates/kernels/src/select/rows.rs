@@ -9,7 +9,7 @@ use crate::tasks::{for_each_block, rows as rows_of, rows_mut};
 
 /// Row `row` of a matrix of `width` columns.
 #[inline(always)]
-fn row_of(data: &[f32], row: u32, width: usize) -> &[f32] {
+fn row_of<T>(data: &[T], row: u32, width: usize) -> &[T] {
     &data[row as usize * width..][..width]
 }
 
@@ -17,7 +17,7 @@ fn row_of(data: &[f32], row: u32, width: usize) -> &[f32] {
 ///
 /// # Shapes
 /// `source` `[n, width]`, `rows` `[m]`, `out` `[m, width]`.
-pub fn gather_rows(source: &[f32], width: usize, rows: &[u32], out: &mut [f32]) {
+pub fn gather_rows<T: Copy + Send + Sync>(source: &[T], width: usize, rows: &[u32], out: &mut [T]) {
     assert_eq!(out.len(), rows.len() * width);
     let out = DisjointMut::new(out);
     for_each_block(rows.len(), width, |block| {

@@ -30,7 +30,7 @@ pub(super) fn cut(offsets: &[usize]) -> Vec<Chunk> {
 }
 
 /// The rows of each chunk in a matrix of `width` columns.
-pub(super) fn split<'m>(chunks: &[Chunk], mut matrix: &'m mut [f32], width: usize) -> Vec<&'m mut [f32]> {
+pub(super) fn split<'m, T>(chunks: &[Chunk], mut matrix: &'m mut [T], width: usize) -> Vec<&'m mut [T]> {
     let mut take = |chunk: &Chunk| {
         let (rows, rest) = std::mem::take(&mut matrix).split_at_mut(chunk.rows.len() * width);
         matrix = rest;

@@ -8,6 +8,8 @@ use crate::metrics::{Record, SampleRecord, Score, ValidationRecord};
 use crate::progress::{Event, Progress};
 use crate::recipe::{Export, ExportDtype};
 use crate::{Result, TrainError, files, model_folder};
+use moebius_kernels::memory::release_pool;
+use moebius_tensor::Gradients;
 
 impl Trainer {
     /// Measures the loss on the held-back texts, logs it, and keeps the weights, or their average, if none were better.
@@ -100,12 +102,16 @@ impl Trainer {
 
     /// Writes `model/`: the last weights, their average, or the best, as the recipe says.
     pub(super) fn export(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        // The steps are done: their memory serves for a second model beside the first.
+        (self.gradients, self.addend) = (Gradients::new(), Gradients::new());
+        release_pool();
         let path = self.folder.model();
         let dtype = self.recipe.train.export_dtype;
         let best = self.state.best.filter(|_| self.recipe.train.export == Export::Best);
         let save =
             |trainer: &Self| model_folder::publish(&path, &trainer.learner.model, &trainer.corpus.tokenizer, dtype);
         let own_layout = match best {
+            Some(best) if best.step == self.state.step && !best.averaged => save(self)?,
             Some(best) => {
                 let model = model_folder::load(&self.folder.best_model(best.step))?;
                 model_folder::publish(&path, &model, &self.corpus.tokenizer, dtype)?
