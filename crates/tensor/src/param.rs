@@ -301,16 +301,13 @@ impl Deref for PackedOnce<'_> {
     }
 }
 
-/// The gradients of a model's weights, by [`Param::id`]. Their memory is kept from step to step.
+/// The gradients of a model's weights, by [`Param::id`].
+///
+/// A forward pass has activations and no gradients yet, the end of a backward pass gradients and no activations any more:
+/// cleared gradients give their memory back to the pool, where the next forward pass finds it.
 #[derive(Debug, Default)]
 pub struct Gradients {
-    by_param: Vec<Slot>,
-}
-
-#[derive(Debug, Default)]
-struct Slot {
-    buffer: Option<Buffer<f32>>,
-    live: bool,
+    by_param: Vec<Option<Buffer<f32>>>,
 }
 
 impl Gradients {
@@ -321,12 +318,12 @@ impl Gradients {
 
     /// The gradient of a weight, if anything reached it.
     pub fn get(&self, id: usize) -> Option<&[f32]> {
-        self.by_param.get(id).filter(|slot| slot.live)?.buffer.as_deref()
+        self.by_param.get(id)?.as_deref()
     }
 
-    fn entry(&mut self, id: usize) -> &mut Slot {
+    fn entry(&mut self, id: usize) -> &mut Option<Buffer<f32>> {
         if self.by_param.len() <= id {
-            self.by_param.resize_with(id + 1, Slot::default);
+            self.by_param.resize_with(id + 1, || None);
         }
         &mut self.by_param[id]
     }
@@ -334,9 +331,9 @@ impl Gradients {
     /// The buffer of a weight of `len` numbers to add into, and whether it holds nothing yet: then its content is
     /// unspecified, and the caller overwrites all of it.
     pub fn slot(&mut self, id: usize, len: usize) -> (&mut [f32], bool) {
-        let slot = self.entry(id);
-        let fresh = !std::mem::replace(&mut slot.live, true);
-        let buffer = slot.buffer.get_or_insert_with(|| Buffer::scratch(len));
+        let entry = self.entry(id);
+        let fresh = entry.is_none();
+        let buffer = entry.get_or_insert_with(|| Buffer::scratch(len));
         assert_eq!(buffer.len(), len, "gradient {id}: length");
         (buffer, fresh)
     }
@@ -355,17 +352,13 @@ impl Gradients {
         if self.get(id).is_some() {
             select::add_assign(self.slot(id, gradient.len()).0, &gradient);
         } else {
-            *self.entry(id) = Slot { buffer: Some(gradient), live: true };
+            *self.entry(id) = Some(gradient);
         }
     }
 
     /// Multiplies all by `factor`.
     pub fn scale(&mut self, factor: f32) {
-        for slot in self.by_param.iter_mut().filter(|slot| slot.live) {
-            if let Some(buffer) = &mut slot.buffer {
-                select::scale(buffer, factor);
-            }
-        }
+        self.by_param.iter_mut().flatten().for_each(|buffer| select::scale(buffer, factor));
     }
 
     /// The Euclidean norm of all gradients together, summed in the order of ids: the same bits for any thread count.
@@ -373,9 +366,9 @@ impl Gradients {
         (0..self.by_param.len()).filter_map(|id| self.get(id)).map(select::sum_squares).sum::<f64>().sqrt()
     }
 
-    /// Forgets the values, keeps the memory.
+    /// Forgets the values and gives the memory back.
     pub fn clear(&mut self) {
-        self.by_param.iter_mut().for_each(|slot| slot.live = false);
+        self.by_param.clear();
     }
 }
 
@@ -434,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_start_fresh_and_keep_their_memory() {
+    fn gradients_start_fresh() {
         let mut gradients = Gradients::new();
         assert_eq!(gradients.get(2), None);
         gradients.slot(2, 2).0.copy_from_slice(&[3.0, 0.0]);
@@ -445,11 +438,9 @@ mod tests {
         gradients.scale(2.0);
         assert_eq!((gradients.get(2), gradients.norm()), (Some(&[6.0, 0.0][..]), 10.0));
 
-        let address = gradients.get(2).map(<[f32]>::as_ptr);
         gradients.clear();
         assert_eq!((gradients.get(2), gradients.norm()), (None, 0.0));
         assert_eq!(gradients.get_mut(2, 2), [0.0; 2], "nothing is left of the step before");
-        assert_eq!(gradients.get(2).map(<[f32]>::as_ptr), address);
     }
 
     #[test]

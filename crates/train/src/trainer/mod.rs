@@ -180,6 +180,7 @@ impl Trainer {
         let moving = Instant::now();
         let settings = StepSettings { step, rate, gradient_scale };
         with_team(|| optimizer.step(model.params_mut(), &mut self.gradients, &settings));
+        self.gradients.clear();
         let optimizer_seconds = moving.elapsed().as_secs_f64();
         model.after_step(&computed.load.counts());
         if let Some(average) = average {
@@ -243,6 +244,7 @@ impl Trainer {
                 add_gradients(&mut self.gradients, &self.addend, &model.params());
             }
         }
+        self.addend.clear();
         Ok(mean)
     }
 

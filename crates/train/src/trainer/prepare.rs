@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use moebius_kernels::memory::release_pool;
 use moebius_model::Model;
 use moebius_tensor::Gradients;
 
@@ -104,6 +105,8 @@ impl Trainer {
         files::write_whole(&folder.recipe(), recipe.text().as_bytes())?;
         let log = MetricsLog::open(&folder.metrics(), state.step, state.watch.rollbacks)?;
         let schedule = Schedule::of(&recipe);
+        // What making the weights took is of other sizes than what the steps will need.
+        release_pool();
         let (gradients, addend) = (Gradients::new(), Gradients::new());
         let (events, samples) = (None, None);
         let mut trainer =

@@ -9,7 +9,6 @@ use crate::progress::{Event, Progress};
 use crate::recipe::{Export, ExportDtype};
 use crate::{Result, TrainError, files, model_folder};
 use moebius_kernels::memory::release_pool;
-use moebius_tensor::Gradients;
 
 impl Trainer {
     /// Measures the loss on the held-back texts, logs it, and keeps the weights, or their average, if none were better.
@@ -103,7 +102,6 @@ impl Trainer {
     /// Writes `model/`: the last weights, their average, or the best, as the recipe says.
     pub(super) fn export(&mut self, progress: &mut dyn Progress) -> Result<()> {
         // The steps are done: their memory serves for a second model beside the first.
-        (self.gradients, self.addend) = (Gradients::new(), Gradients::new());
         release_pool();
         let path = self.folder.model();
         let dtype = self.recipe.train.export_dtype;
