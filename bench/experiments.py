@@ -4,7 +4,8 @@
     python bench/experiments.py NAME [--seeds N] [--steps N] [--out DIR] [--binary target/release/moebius]
         [--times] [--plot FILE.svg]
 
-NAME: vision, balance, hash, depths, leak, methods. Needs nothing but Python and the binary; leak also the example `future_leak`
+NAME: vision, balance, hash, depths, leak, methods; compared prints and plots what `moebius compare --out DIR` left in --out.
+Needs nothing but Python and the binary; leak also the example `future_leak`
 beside it. Runs that are done already in --out are read, not repeated.
 
 --plot draws what the table says: a row a variant, a dot a seed.
@@ -357,7 +358,34 @@ def leak(options):
         plot(options.plot, "loss on held-back text, nats a token", rows)
 
 
-EXPERIMENTS = {"vision": vision, "balance": balance, "hash": hashing, "depths": depths, "leak": leak, "methods": methods}
+def compared(options):
+    """The tables of a comparison that is there, and a plot of every seed at each budget."""
+    found = json.loads((options.out / "compare.json").read_text())
+    print("| recipe | parameters | active | FLOP a token | tokens/s |\n|---|---|---|---|---|")
+    for side in found["sides"]:
+        print(f"| `{side['name']}` | {side['total_parameters']:,} | {side['active_parameters']:,} | "
+              f"{side['flops_per_token']:.3g} | {side['tokens_per_second']:,.0f} |")
+    tables = [(f"equal {at['budget']}: {at['amount']:.4g}", at["rows"]) for at in found["budgets"]]
+    points = []
+    for title, rows in [*tables, ("equal total parameters, equal steps", found["equal_total_parameters"])]:
+        seeds = " | ".join(f"seed {seed}" for seed in found["seeds"])
+        print(f"\nat {title}\n\n| recipe | against | loss | difference | {seeds} |\n|---|---|---|---|{'---|' * len(found['seeds'])}")
+        for row in rows:
+            if None in row["losses"]:
+                continue
+            mean, deviation = spread(row["losses"])
+            cells = [f"`{row['name']}`", f"`{row['against']}`", f"{mean:.4f} ± {deviation:.4f}", ""]
+            if row["name"] != row["against"]:
+                mean, deviation = spread(row["differences"])
+                cells[3] = f"{mean:+.4f} ± {deviation:.4f}"
+            cells += [f"{difference:+.4f}" if cells[3] else "" for difference in row["differences"]]
+            print(f"| {' | '.join(cells)} |")
+            points.append((f"{row['name']}, {title.split(':')[0]}", row["losses"]))
+    if options.plot:
+        plot(options.plot, "validation loss, nats a token", points[: sum(len(rows) for _, rows in tables)])
+
+
+EXPERIMENTS = {"compared": compared, "vision": vision, "balance": balance, "hash": hashing, "depths": depths, "leak": leak, "methods": methods}
 TIMED_STEPS = 20
 
 
