@@ -8,10 +8,11 @@ use moebius_kernels::isa::{Isa, with_isa};
 use moebius_kernels::quantised::PACKED_FORMATS;
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::packed::{is_packed, save_packed};
+use moebius_model::safetensors::{SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
 use moebius_model::{
     Batch, Checkpoint, Ffn, KvCache, Model, ModelConfig, RunFormat, Silent, UniformDecoder, save_model,
 };
-use moebius_tensor::Graph;
+use moebius_tensor::{Frozen, Graph};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -172,6 +173,32 @@ fn a_packed_folder_gives_back_what_was_packed() {
 }
 
 #[test]
+fn an_expert_is_one_stretch_of_whole_pages() {
+    const PAGE: usize = 4096;
+    let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
+    let model = to_run(folder.path(), RunFormat::Block(Format::Q4_K));
+    save_packed(packed.path(), &model).unwrap();
+    let file = SafetensorsFile::open(&packed.path().join("packed.safetensors")).unwrap();
+    let params = model.params();
+    let matrices = |name: &str| match params.iter().find(|param| param.name() == name).unwrap().frozen_matrices() {
+        Some(Frozen::Quantised(matrices)) => matrices,
+        _ => panic!("{name} is not in blocks"),
+    };
+    for layer in 0..model.config.n_layers() {
+        let experts = file.tensor(&format!("layers.{layer}.moe.experts")).unwrap();
+        let [gate_up, down] = ["gate_up", "down"].map(|part| matrices(&format!("layers.{layer}.moe.{part}")));
+        assert_eq!(experts.shape[0], 4);
+        // The file is mapped from a page on, so that addresses tell of places in it.
+        assert!(experts.bytes.as_ptr().addr().is_multiple_of(PAGE) && experts.shape[1].is_multiple_of(PAGE));
+        for (expert, found) in experts.bytes.chunks_exact(experts.shape[1]).enumerate() {
+            let wanted = [gate_up[expert].bytes(), down[expert].bytes()].concat();
+            assert!(found.starts_with(&wanted), "layer {layer}, expert {expert}");
+            assert!(found.len() < wanted.len() + PAGE && found[wanted.len()..].iter().all(|&byte| byte == 0));
+        }
+    }
+}
+
+#[test]
 fn broken_packed_folders_are_refused_by_name() {
     let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
     save_packed(packed.path(), &to_run(folder.path(), RunFormat::Block(Format::Q8_0))).unwrap();
@@ -196,6 +223,21 @@ fn broken_packed_folders_are_refused_by_name() {
         let found = change("packed.json", &replace(from, to));
         assert!(found.contains("packed.json") && found.contains(wanted), "{found}");
     }
+    // A known format, but of other bytes than the file's: of a matrix, of experts' first part and of their second.
+    for name in ["embedding", "layers.0.moe.gate_up", "layers.0.moe.down"] {
+        let renamed = |old: Vec<u8>| {
+            let mut index: serde_json::Value = serde_json::from_slice(&old).unwrap();
+            index["formats"][name] = "q4_0".into();
+            index.to_string().into_bytes()
+        };
+        let found = change("packed.json", &renamed);
+        assert!(found.contains("packed.safetensors: tensor `") && found.contains("found U8 of shape ["), "{found}");
+    }
+    let scalar = TensorToWrite::new("embedding", &[], TensorData::Bytes(vec![&[7]]));
+    let path = packed.path().join("other");
+    write_safetensors(&path, &[scalar]).unwrap();
+    let found = change("packed.safetensors", &|_| std::fs::read(&path).unwrap());
+    assert!(found.contains("tensor `embedding`: wanted 1 rows") && found.ends_with("found U8 of shape []"), "{found}");
     let found = change("packed.safetensors", &|old| old[..old.len() - 1000].to_vec());
     assert!(found.contains("packed.safetensors"), "{found}");
     let found = change("config.json", &replace("\"hidden_size\": 256", "\"hidden_size\": 512"));
