@@ -70,6 +70,16 @@ impl Source {
         Ok(Model::load_to_run(&checkpoint, format, &mut |progress| bar.show(progress))?)
     }
 
+    /// Reads the tokenizer and, as [`Source::model_to_run`], the model, which must have the tokenizer's tokens.
+    ///
+    /// # Errors
+    /// As [`Source::tokenizer`] and [`Source::model_to_run`]; a token that the model lacks.
+    pub fn tokenizer_and_model(&self, asked: Option<RunFormat>, or: RunFormat) -> anyhow::Result<(Tokenizer, Model)> {
+        let (tokenizer, model) = (self.tokenizer()?, self.model_to_run(asked, or)?);
+        tokenizer.check_fits(model.config.vocab_size)?;
+        Ok((tokenizer, model))
+    }
+
     /// What it is, from its configuration and headers alone.
     ///
     /// # Errors

@@ -4,7 +4,9 @@ mod common;
 
 use std::path::Path;
 
-use common::{assert_fails, config, run, tensors, text, write_model, write_safetensors, write_safetensors_parts};
+use common::{
+    assert_fails, config, run, succeed, tensors, text, write_model, write_safetensors, write_safetensors_parts,
+};
 use serde_json::{Value, json};
 
 /// Damages a good folder and runs each command that reads a model on it.
@@ -41,6 +43,18 @@ fn folders() {
         "foreign tokenizer",
         |model| std::fs::write(model.join("tokenizer.json"), "{}").unwrap(),
         &["tokenizer.json"],
+    );
+    fails(
+        "a tokenizer of more tokens",
+        |model| {
+            let path = model.join("tokenizer.json");
+            let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            let mut token = tokenizer["added_tokens"][0].clone();
+            (token["id"], token["content"]) = (json!(257), json!("<|more|>"));
+            tokenizer["added_tokens"].as_array_mut().unwrap().push(token);
+            std::fs::write(&path, tokenizer.to_string()).unwrap();
+        },
+        &["tokenizer.json", "vocabulary of 257", r#"found 257 for "<|more|>""#],
     );
     fails("foreign config", |model| std::fs::write(model.join("config.json"), "[1, 2").unwrap(), &["config.json"]);
 }
@@ -139,4 +153,54 @@ fn weights() {
         changed(|tensors| tensors[2] = common::FileTensor::i64("model.norm.weight", &[32], &[1; 32])),
         &["model.safetensors", "model.norm.weight", "I64"],
     );
+}
+
+/// Where a GGUF file goes on behind a text of its tables, which stands there with its length before it.
+fn behind(file: &[u8], text: &str) -> usize {
+    let wanted = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    file.windows(wanted.len()).position(|found| found == wanted).expect(text) + wanted.len()
+}
+
+#[test]
+fn gguf_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let [file, packed] = ["m.gguf", "packed"].map(|name| folder.path().join(name));
+    let model = write_model(&folder.path().join("model"));
+    succeed(&["export", text(&model), "--gguf", text(&file), "--format", "f32"]);
+    let whole = std::fs::read(&file).unwrap();
+    let fails = |what: &str, bytes: &[u8], parts: &[&str]| {
+        std::fs::write(&file, bytes).unwrap();
+        let parts = [&["m.gguf: "], parts].concat();
+        assert_fails(what, &run(&["run", "The sea", "--model", text(&file)]), &parts);
+        assert_fails(what, &run(&["pack", text(&file), "--out", text(&packed)]), &parts);
+        assert!(!packed.exists(), "{what}");
+    };
+    for length in [0, 3, 12, 40, 1000, whole.len() / 2, whole.len() - 100] {
+        fails(&format!("cut to {length}"), &whole[..length], &["wanted"]);
+    }
+    let patched = |place: usize, bytes: &[u8]| {
+        let mut file = whole.clone();
+        file[place..place + bytes.len()].copy_from_slice(bytes);
+        file
+    };
+    fails("count", &patched(8, &u64::MAX.to_le_bytes()), &["bytes of a tensor's name at byte"]);
+    // A value stands behind its type and its length.
+    let architecture = behind(&whole, "general.architecture") + 12;
+    let known = "`general.architecture`: architecture `hydra` is not known; known are llama, qwen2";
+    fails("architecture", &patched(architecture, b"hydra"), &[known]);
+    // A type stands behind the number of dimensions and two of them.
+    let [embedding, head] = ["token_embd.weight", "output.weight"].map(|name| behind(&whole, name));
+    let number = "tensor `output.weight`: its type is ggml's number 99, which is not known here";
+    fails("type", &patched(head + 20, &99u32.to_le_bytes()), &[number]);
+    let mut fewer = patched(embedding + 12, &200u64.to_le_bytes());
+    fails("embedding", &fewer, &["tensor `output.weight`", "[200, 32]", "[257, 32]"]);
+
+    // Fewer rows than tokens, and a way of cutting that nobody knows: a matter of whoever wants texts.
+    fewer[head + 12..head + 20].copy_from_slice(&200u64.to_le_bytes());
+    let pre = patched(behind(&whole, "tokenizer.ggml.pre") + 12, b"gpt-9");
+    let unknown = "unusable tokenizer: the pre-tokenizer `gpt-9` is not known";
+    for (bytes, part) in [(&fewer, "wanted ids below the model's vocabulary of 200, found 256"), (&pre, unknown)] {
+        std::fs::write(&file, bytes).unwrap();
+        assert_fails(part, &run(&["run", "The sea", "--model", text(&file)]), &["m.gguf: ", part]);
+    }
 }

@@ -215,11 +215,29 @@ fn bench_measures_any_model() {
         let phase = &found[phase];
         assert_eq!(phase["tokens"], tokens);
         assert_eq!(phase["seconds"].as_array().unwrap().len(), 2);
-        for key in ["weight_bytes_per_token", "operations_per_token", "share_of_read_bandwidth"] {
+        for key in [
+            "weight_bytes_per_token",
+            "cache_bytes_per_token",
+            "operations_per_token",
+            "bytes_per_second",
+            "share_of_read_bandwidth",
+            "operations_per_second",
+            "share_of_peak_operations",
+            "share_of_peak_byte_operations",
+        ] {
             assert!(phase[key].as_f64().unwrap() > 0.0, "{key}: {phase}");
         }
         let rate = |key| phase["tokens_per_second"][key].as_f64().unwrap();
         assert!(rate("min") <= rate("median") && rate("median") <= rate("max"), "{phase}");
+    }
+    for key in ["load_seconds", "first_token_seconds", "weight_bytes"] {
+        assert!(found[key].as_f64().unwrap() > 0.0, "{key}: {found}");
+    }
+    for key in ["read_bytes_per_second", "operations_per_second", "byte_operations_per_second"] {
+        assert!(found["machine"][key].as_f64().unwrap() > 0.0, "{key}: {found}");
+    }
+    if cfg!(target_os = "linux") {
+        assert!(found["resident_bytes"].as_u64().unwrap() <= found["peak_bytes"].as_u64().unwrap(), "{found}");
     }
     // The test model's context is shorter than the usual prompt.
     let found: serde_json::Value =

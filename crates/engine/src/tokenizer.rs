@@ -80,6 +80,21 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// Checks that a model of `vocabulary` tokens has all that this tokenizer knows. (It may have more.)
+    ///
+    /// # Errors
+    /// [`EngineError::TokenizerSource`] with the last token that the model lacks.
+    pub fn check_fits(&self, vocabulary: usize) -> Result<(), EngineError> {
+        // Ids without added tokens have no gaps in any model that we know of; to look at each would take longer than
+        // mapping a model does.
+        let last = self.inner.get_vocab_size(false).checked_sub(1).map(|last| last as u32);
+        let highest = self.inner.get_added_tokens_decoder().into_keys().chain(last).max();
+        let Some(id) = highest.filter(|&id| id as usize >= vocabulary) else { return Ok(()) };
+        let token = self.inner.id_to_token(id).unwrap_or_default();
+        let reason = format!("wanted ids below the model's vocabulary of {vocabulary}, found {id} for {token:?}");
+        Err(EngineError::TokenizerSource { name: self.name.clone(), reason })
+    }
+
     /// The file it came from.
     pub fn name(&self) -> &str {
         &self.name

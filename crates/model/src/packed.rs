@@ -177,6 +177,15 @@ pub(crate) fn survey(
     Model::build(config, &mut look).map(|_| ())
 }
 
+/// Where a weight's matrices stand in the file.
+struct Place {
+    tensor: String,
+    /// Bytes of each of the tensor's rows.
+    row: usize,
+    /// Where in a row the weight's matrix begins.
+    before: usize,
+}
+
 /// An open packed model.
 struct Reader {
     index: Index,
@@ -213,32 +222,33 @@ impl Reader {
         let count = shape.iter().rev().skip(2).product::<usize>();
         let format = self.format(param)?;
         let bytes = self.bytes_of(param, format, [n, k])?;
-        // An expert's down stands behind its gate and up.
-        let (tensor, before) = match experts_of(param).filter(|_| shape.len() == 3) {
-            Some(experts) if param.ends_with("down") => {
-                let gate_up = param.strip_suffix("down").unwrap_or(param).to_string() + "gate_up";
-                // Twice as many outputs as the down has inputs, as many inputs as it has outputs.
-                (experts, self.bytes_of(&gate_up, self.format(&gate_up)?, [2 * k, n])?)
-            }
-            Some(experts) => (experts, 0),
-            None => (param.to_string(), 0),
-        };
+        let Place { tensor, row, before } = self.place(param, shape, bytes)?;
         let view = self.file.tensor(&tensor)?;
-        let fits = match view.shape {
-            [rows, row] => *rows == count && *row >= before + bytes && view.dtype == Dtype::U8,
-            _ => false,
-        };
-        let aligned =
-            view.bytes.as_ptr().addr().is_multiple_of(64) && view.shape[view.shape.len() - 1].is_multiple_of(64);
-        if !fits || !aligned {
-            let (found, least) = (view.shape, before + bytes);
-            let message = format!("wanted {count} rows of at least {least} bytes on borders of 64, found {found:?}");
+        let fits = view.dtype == Dtype::U8 && view.shape == [count, row];
+        if !fits || !view.bytes.as_ptr().addr().is_multiple_of(64) || !row.is_multiple_of(64) {
+            let (dtype, found) = (view.dtype, view.shape);
+            let message =
+                format!("wanted {count} rows of {row} bytes on borders of 64, found {dtype} of shape {found:?}");
             return Err(ModelError::tensor(view.file, view.name, message));
         }
-        let row = view.shape[1];
         let all = self.file.shared(&tensor).expect("a tensor of a mapped file");
         let part = |index: usize| all.part(index * row + before..index * row + before + bytes).expect("checked above");
         Ok(frozen(format, [n, k], (0..count).map(part)))
+    }
+
+    /// Where a weight's matrices of `bytes` bytes stand.
+    fn place(&self, param: &str, shape: &[usize], bytes: usize) -> Result<Place, ModelError> {
+        let [.., n, k] = *shape else { unreachable!("a matrix has two dimensions") };
+        let Some(tensor) = experts_of(param).filter(|_| shape.len() == 3) else {
+            return Ok(Place { tensor: param.to_string(), row: bytes, before: 0 });
+        };
+        // An expert's down `[hidden, width]` stands behind its gate and up `[2 * width, hidden]`.
+        let is_down = param.ends_with("down");
+        let (last, dims) = if is_down { ("gate_up", [2 * k, n]) } else { ("down", [k, n / 2]) };
+        let beside = format!("{}{last}", tensor.trim_end_matches("experts"));
+        let others = self.bytes_of(&beside, self.format(&beside)?, dims)?;
+        let row = bytes.saturating_add(others).checked_next_multiple_of(PAGE).unwrap_or(usize::MAX);
+        Ok(Place { tensor, row, before: if is_down { others } else { 0 } })
     }
 
     fn bytes_of(&self, param: &str, format: Format, dims: [usize; 2]) -> Result<usize, ModelError> {

@@ -305,6 +305,19 @@ fn positions_that_cannot_be_read_are_named() {
 }
 
 #[test]
+fn a_part_of_a_model_is_no_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new(&config("llama", Ffn::dense(64), false), 1).unwrap();
+    for parts in [1, 3] {
+        let path = export(folder.path(), &model, Format::F16);
+        rewrite(&path, |metadata, _| drop(metadata.insert("split.count".into(), ValueToWrite::U32(parts))));
+        let error = Checkpoint::open(&path).err().map(|error| error.to_string()).unwrap_or_default();
+        let wanted = "`split.count`: wanted a whole model, found one of 3 parts: llama-gguf-split --merge joins them";
+        assert!(if parts == 1 { error.is_empty() } else { error.ends_with(wanted) }, "{parts}: {error}");
+    }
+}
+
+#[test]
 fn every_architecture_brings_its_models_back() {
     let folder = tempfile::tempdir().unwrap();
     for (architecture, family, patch) in architectures() {

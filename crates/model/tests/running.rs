@@ -8,10 +8,11 @@ use moebius_kernels::isa::{Isa, with_isa};
 use moebius_kernels::quantised::PACKED_FORMATS;
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::packed::{is_packed, save_packed};
+use moebius_model::safetensors::{SafetensorsFile, TensorData, TensorToWrite, write_safetensors};
 use moebius_model::{
     Batch, Checkpoint, Ffn, KvCache, Model, ModelConfig, RunFormat, Silent, UniformDecoder, save_model,
 };
-use moebius_tensor::Graph;
+use moebius_tensor::{Frozen, Graph};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -99,44 +100,58 @@ fn every_format_is_near_and_the_finer_the_nearer() {
     }
 }
 
+/// Every format that a model can be run in.
+fn formats() -> Vec<RunFormat> {
+    [RunFormat::F32, RunFormat::Bf16].into_iter().chain(PACKED_FORMATS.map(RunFormat::Block)).collect()
+}
+
+/// That of a format's products.
+fn precision_of(format: RunFormat) -> Precision {
+    if format == RunFormat::F32 { Precision::F32 } else { Precision::Bf16 }
+}
+
 #[test]
 fn five_hundred_and_twelve_tokens_are_the_bits_of_one_by_one() {
-    let folder = saved(StoredAs::F32);
-    let tokens = tokens(512);
-    for format in [Format::Q4_0, Format::Q6_K] {
-        let model = to_run(folder.path(), RunFormat::Block(format));
-        let whole = logits(&model, Precision::Bf16, &tokens, &[512]);
-        assert_eq!(logits(&model, Precision::Bf16, &tokens, &[1; 512]), whole, "{}", format.name());
+    let (folder, tokens) = (saved(StoredAs::F32), tokens(512));
+    for format in formats() {
+        let (model, precision) = (to_run(folder.path(), format), precision_of(format));
+        let whole = logits(&model, precision, &tokens, &[512]);
+        assert!(logits(&model, precision, &tokens, &[1; 512]) == whole, "{format}");
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
     fn one_token_has_one_answer_in_every_format(
-        format in prop::sample::select(PACKED_FORMATS.to_vec()), threads in 1usize..4, alone in 1usize..4,
-        mut cuts in prop::collection::vec(1usize..40, 0..5),
+        format in prop::sample::select(formats()), isa in prop::sample::select(Isa::available()),
+        threads in 1usize..4, alone in 1usize..4,
+        length in 1usize..=512, mut cuts in prop::collection::vec(1usize..512, 0..6),
         cache in prop::sample::select(vec![CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Q8]),
     ) {
-        let folder = saved(StoredAs::F32);
-        let tokens = tokens(40);
-        let model = to_run(folder.path(), RunFormat::Block(format));
-        let wanted = logits_over(cache, &model, Precision::Bf16, &tokens, &[40]);
-        cuts.push(40);
+        let (folder, tokens) = (saved(StoredAs::F32), tokens(length));
+        let (model, precision) = (to_run(folder.path(), format), precision_of(format));
+        let wanted = with_isa(isa, || logits_over(cache, &model, precision, &tokens, &[length]));
+        cuts.retain(|&cut| cut < length);
+        cuts.push(length);
         cuts.sort_unstable();
         cuts.dedup();
         let mut before = 0;
         let chunks: Vec<usize> = cuts.iter().map(|&cut| std::mem::replace(&mut before, cut)).zip(&cuts)
             .map(|(start, end)| end - start).collect();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        prop_assert_eq!(pool.install(|| logits_over(cache, &model, Precision::Bf16, &tokens, &chunks)), wanted.clone());
+        let found = pool.install(|| with_isa(isa, || logits_over(cache, &model, precision, &tokens, &chunks)));
+        prop_assert!(found == wanted, "{:?}", chunks);
         // Beside other sequences.
-        let g = Graph::inference(Precision::Bf16);
-        let mut caches: Vec<KvCache> = (0..=alone).map(|_| KvCache::new(&model.config, cache)).collect();
-        let batch = Batch::continuing_together(&vec![(tokens.as_slice(), 0); alone + 1]);
-        let hidden = model.forward(&g, &batch, Some(&mut caches.iter_mut().collect::<Vec<_>>()), &mut Silent).unwrap();
-        let together: Vec<u32> = model.logits(&g, &hidden).data().iter().map(|x| x.to_bits()).collect();
-        prop_assert_eq!(together, wanted.repeat(alone + 1));
+        let together: Vec<u32> = with_isa(isa, || {
+            let g = Graph::inference(precision);
+            let mut caches: Vec<KvCache> = (0..=alone).map(|_| KvCache::new(&model.config, cache)).collect();
+            let (mut caches, parts) = (caches.iter_mut().collect::<Vec<_>>(), vec![(tokens.as_slice(), 0); alone + 1]);
+            let batch = Batch::continuing_together(&parts);
+            let hidden = model.forward(&g, &batch, Some(&mut caches), &mut Silent).unwrap();
+            model.logits(&g, &hidden).data().iter().map(|x| x.to_bits()).collect()
+        });
+        prop_assert!(together == wanted.repeat(alone + 1));
     }
 }
 
@@ -172,6 +187,32 @@ fn a_packed_folder_gives_back_what_was_packed() {
 }
 
 #[test]
+fn an_expert_is_one_stretch_of_whole_pages() {
+    const PAGE: usize = 4096;
+    let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
+    let model = to_run(folder.path(), RunFormat::Block(Format::Q4_K));
+    save_packed(packed.path(), &model).unwrap();
+    let file = SafetensorsFile::open(&packed.path().join("packed.safetensors")).unwrap();
+    let params = model.params();
+    let matrices = |name: &str| match params.iter().find(|param| param.name() == name).unwrap().frozen_matrices() {
+        Some(Frozen::Quantised(matrices)) => matrices,
+        _ => panic!("{name} is not in blocks"),
+    };
+    for layer in 0..model.config.n_layers() {
+        let experts = file.tensor(&format!("layers.{layer}.moe.experts")).unwrap();
+        let [gate_up, down] = ["gate_up", "down"].map(|part| matrices(&format!("layers.{layer}.moe.{part}")));
+        assert_eq!(experts.shape[0], 4);
+        // The file is mapped from a page on, so that addresses tell of places in it.
+        assert!(experts.bytes.as_ptr().addr().is_multiple_of(PAGE) && experts.shape[1].is_multiple_of(PAGE));
+        for (expert, found) in experts.bytes.chunks_exact(experts.shape[1]).enumerate() {
+            let wanted = [gate_up[expert].bytes(), down[expert].bytes()].concat();
+            assert!(found.starts_with(&wanted), "layer {layer}, expert {expert}");
+            assert!(found.len() < wanted.len() + PAGE && found[wanted.len()..].iter().all(|&byte| byte == 0));
+        }
+    }
+}
+
+#[test]
 fn broken_packed_folders_are_refused_by_name() {
     let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
     save_packed(packed.path(), &to_run(folder.path(), RunFormat::Block(Format::Q8_0))).unwrap();
@@ -196,6 +237,21 @@ fn broken_packed_folders_are_refused_by_name() {
         let found = change("packed.json", &replace(from, to));
         assert!(found.contains("packed.json") && found.contains(wanted), "{found}");
     }
+    // A known format, but of other bytes than the file's: of a matrix, of experts' first part and of their second.
+    for name in ["embedding", "layers.0.moe.gate_up", "layers.0.moe.down"] {
+        let renamed = |old: Vec<u8>| {
+            let mut index: serde_json::Value = serde_json::from_slice(&old).unwrap();
+            index["formats"][name] = "q4_0".into();
+            index.to_string().into_bytes()
+        };
+        let found = change("packed.json", &renamed);
+        assert!(found.contains("packed.safetensors: tensor `") && found.contains("found U8 of shape ["), "{found}");
+    }
+    let scalar = TensorToWrite::new("embedding", &[], TensorData::Bytes(vec![&[7]]));
+    let path = packed.path().join("other");
+    write_safetensors(&path, &[scalar]).unwrap();
+    let found = change("packed.safetensors", &|_| std::fs::read(&path).unwrap());
+    assert!(found.contains("tensor `embedding`: wanted 1 rows") && found.ends_with("found U8 of shape []"), "{found}");
     let found = change("packed.safetensors", &|old| old[..old.len() - 1000].to_vec());
     assert!(found.contains("packed.safetensors"), "{found}");
     let found = change("config.json", &replace("\"hidden_size\": 256", "\"hidden_size\": 512"));

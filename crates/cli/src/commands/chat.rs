@@ -38,13 +38,13 @@ Ctrl-C during an answer ends the answer only.";
 pub fn execute(arguments: &ChatArguments) -> anyhow::Result<ExitCode> {
     let source = Source::new(arguments.model.as_deref());
     let template = template(arguments, &source)?;
-    let tokenizer = source.tokenizer()?;
     let mut options = arguments.sampling.options(&source.generation_defaults()?);
     options.max_tokens = arguments.max_tokens.unwrap_or(usize::MAX);
     options.sampling.validate()?;
+    let precision = &arguments.precision;
+    let (tokenizer, model) = source.tokenizer_and_model(precision.weights, precision.dtype.weights())?;
     let end = template.special("eos_token").and_then(|token| tokenizer.token_id(token));
     options.end_tokens.extend(end.filter(|end| !options.end_tokens.contains(end)));
-    let model = source.model_to_run(arguments.precision.weights, arguments.precision.dtype.weights())?;
     ctrlc::set_handler(interrupted).context("ctrl-C handler")?;
 
     let generator = Generator::new(&model, &tokenizer, arguments.precision.numerics());

@@ -34,8 +34,7 @@ pub fn execute(arguments: &EvalArguments) -> anyhow::Result<ExitCode> {
     let bytes = std::fs::read(&arguments.text).with_context(|| name.to_string())?;
     let text = output::utf8(bytes).with_context(|| name.to_string())?;
     let source = Source::new(arguments.model.as_deref());
-    let tokenizer = source.tokenizer()?;
-    let model = source.model_to_run(arguments.weights, arguments.dtype.weights())?;
+    let (tokenizer, model) = source.tokenizer_and_model(arguments.weights, arguments.dtype.weights())?;
     let (tokens, ends) = tokenizer.encode_with_ends(&text)?;
     if tokens.len() < 2 {
         bail!("{name}: wanted a text of at least 2 tokens, found {}", tokens.len());

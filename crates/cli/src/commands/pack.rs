@@ -53,13 +53,13 @@ fn companions(source: &Source, path: &Path) -> anyhow::Result<Vec<(&'static str,
         };
         return there.map(read).collect();
     };
-    let mut files = Vec::new();
+    // First what a broken file refuses: a tokenizer that cannot be read is but a note.
+    let ends = serde_json::json!({ "eos_token_id": source.generation_defaults()?.end_tokens });
+    let mut files = vec![("generation_config.json", format!("{ends}\n").into_bytes())];
     match source.tokenizer().and_then(|tokenizer| Ok(tokenizer.to_json()?)) {
         Ok(json) => files.push(("tokenizer.json", json.into_bytes())),
         Err(error) => output::note(&format!("no tokenizer is written: {error}")),
     }
-    let ends = serde_json::json!({ "eos_token_id": source.generation_defaults()?.end_tokens });
-    files.push(("generation_config.json", format!("{ends}\n").into_bytes()));
     if let Some(template) = source.chat_template().ok().flatten() {
         files.push(("chat_template.jinja", template.source().as_bytes().to_vec()));
         let specials = serde_json::json!(template.specials());

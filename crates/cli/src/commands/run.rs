@@ -30,8 +30,8 @@ pub fn execute(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     if let Some(folder) = arguments.model.as_deref().filter(|folder| EncoderDecoder::is_in(folder)) {
         return write_answer(folder, &source, &prompt, &options, arguments);
     }
-    let tokenizer = source.tokenizer()?;
-    let model = source.model_to_run(arguments.precision.weights, arguments.precision.dtype.weights())?;
+    let precision = &arguments.precision;
+    let (tokenizer, model) = source.tokenizer_and_model(precision.weights, precision.dtype.weights())?;
     let colours = output::colours();
 
     let mut printer = if arguments.show_experts {
@@ -78,6 +78,7 @@ fn write_answer(
         );
     }
     let (tokenizer, model) = (source.tokenizer()?, EncoderDecoder::load(folder)?);
+    tokenizer.check_fits(model.config.vocab_size)?;
     let graph = Graph::inference(arguments.precision.dtype.into());
     let tokens = model.generate(&graph, &tokenizer.encode(prompt)?, options.max_tokens)?;
     let text: Vec<u32> = tokens.into_iter().filter(|token| !model.config.eos_tokens.contains(token)).collect();

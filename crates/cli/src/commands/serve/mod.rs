@@ -163,9 +163,8 @@ fn served(source: &Source, settings: &Settings, precision: &RunPrecision) -> any
             Some(own.iter().fold(template, |template, own| template.with_specials_of(own)))
         }
     };
-    let (tokenizer, defaults) = (source.tokenizer()?, source.generation_defaults()?);
-    let format = precision.dtype.weights();
-    let model = source.model_to_run(precision.weights, format)?;
+    let (defaults, format) = (source.generation_defaults()?, precision.dtype.weights());
+    let (tokenizer, model) = source.tokenizer_and_model(precision.weights, format)?;
     let weights = precision.weights.unwrap_or(format).to_string();
     Ok(ServedModel { model, tokenizer, template, defaults, weights })
 }
