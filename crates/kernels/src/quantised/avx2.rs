@@ -1,4 +1,5 @@
-//! The quantised products on AVX2: `vpmaddubsw` multiplies bytes and adds neighbours in 16 bits.
+//! The quantised products on AVX2: `vpmaddubsw` multiplies bytes and adds neighbours in 16 bits; where the processor has
+//! AVX-VNNI (Alder Lake, Zen 5 and later), `vpdpbusd` adds four products in 32 bits at once.
 //!
 //! Every sum of integers is exact, so the results are those of the other instruction sets to the bit.
 
@@ -14,27 +15,45 @@ pub(super) const ROWS: usize = 4;
 /// One panel times the rows of `tile`, at most [`ROWS`].
 ///
 /// # Safety
-/// As [`Tile`] says, on a machine with AVX2.
-pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
+/// As [`Tile`] says, on a machine with AVX2, and with AVX-VNNI if `VNNI`.
+pub(super) unsafe fn multiply<L: Layout, const VNNI: bool>(tile: &Tile) {
     // SAFETY: handed on.
     unsafe {
         match tile.rows.len() {
-            1 => rows::<L, 1>(tile),
-            2 => rows::<L, 2>(tile),
-            3 => rows::<L, 3>(tile),
-            4 => rows::<L, 4>(tile),
+            1 => compiled::<L, 1, VNNI>(tile),
+            2 => compiled::<L, 2, VNNI>(tile),
+            3 => compiled::<L, 3, VNNI>(tile),
+            4 => compiled::<L, 4, VNNI>(tile),
             rows => unreachable!("a block of {rows} rows"),
         }
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
+/// [`rows`], compiled for the one or the other.
+unsafe fn compiled<L: Layout, const N: usize, const VNNI: bool>(tile: &Tile) {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn plain<L: Layout, const N: usize>(tile: &Tile) {
+        // SAFETY: handed on.
+        unsafe { rows::<L, N, false>(tile) }
+    }
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn vnni<L: Layout, const N: usize>(tile: &Tile) {
+        // SAFETY: handed on.
+        unsafe { rows::<L, N, true>(tile) }
+    }
+    // SAFETY: handed on.
+    unsafe { if VNNI { vnni::<L, N>(tile) } else { plain::<L, N>(tile) } }
+}
+
+/// Inlined into what has the instruction set.
+#[inline(always)]
+unsafe fn rows<L: Layout, const N: usize, const VNNI: bool>(tile: &Tile) {
     let records: [*const Record; N] = std::array::from_fn(|row| tile.rows[row]);
-    let mut sums = [[_mm256_setzero_ps(); N]; 2];
     let mut unit = tile.panel;
-    // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns.
+    // SAFETY: `Tile` says that the panel has these units, the rows these records, C these rows and columns; the caller has
+    // the instructions.
     unsafe {
+        let mut sums = [[_mm256_setzero_ps(); N]; 2];
         for index in 0..tile.units {
             for block in 0..L::UNIT_BLOCKS {
                 if tile.fetch {
@@ -42,7 +61,7 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
                 }
                 let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
                 for (side, sums) in sums.iter_mut().enumerate() {
-                    let products = block_products::<L, N>(unit, block, side, &records);
+                    let products = block_products::<L, N, VNNI>(unit, block, side, &records);
                     let scales =
                         [L::scales_256(unit, block, 0, side), L::scales_256(unit, block, usize::from(L::HALVES), side)];
                     for ((sum, products), record) in sums.iter_mut().zip(products).zip(records) {
@@ -79,18 +98,17 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
 
 /// The sums of a block's products for eight columns, of its two halves, or of the whole in the first. What signed codes
 /// need no correction for is taken from the start again.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn block_products<L: Layout, const N: usize>(
+#[inline(always)]
+unsafe fn block_products<L: Layout, const N: usize, const VNNI: bool>(
     unit: *const u8,
     block: usize,
     side: usize,
     records: &[&Record; N],
 ) -> [[__m256i; 2]; N] {
-    let ones = _mm256_set1_epi16(1);
-    let mut sums = [[_mm256_setzero_si256(); 2]; N];
-    // SAFETY: the unit is whole, and so are the records.
+    // SAFETY: the unit is whole, and so are the records; the caller has the instructions.
     unsafe {
+        let ones = _mm256_set1_epi16(1);
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for group in 0..GROUPS / 2 {
             let pair = L::codes_256(unit, block, group, side);
             for (half, codes) in pair.into_iter().enumerate() {
@@ -100,6 +118,10 @@ unsafe fn block_products<L: Layout, const N: usize>(
                     let a = _mm256_set1_epi32(words.add(group + half * GROUPS / 2).read());
                     let sum = &mut sums[row][target];
                     *sum = match L::WIDTH {
+                        Width::Nibble | Width::Byte if VNNI => _mm256_dpbusd_avx_epi32(*sum, codes, a),
+                        Width::Signed if VNNI => {
+                            _mm256_dpbusd_avx_epi32(*sum, _mm256_abs_epi8(codes), _mm256_sign_epi8(a, codes))
+                        }
                         Width::Nibble => _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes, a)),
                         Width::Byte => _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, a), ones)),
                         Width::Signed => {
@@ -111,13 +133,13 @@ unsafe fn block_products<L: Layout, const N: usize>(
             }
         }
         for (row, sums) in sums.iter_mut().enumerate() {
-            if L::WIDTH == Width::Nibble {
+            if L::WIDTH == Width::Nibble && !VNNI {
                 *sums = sums.map(|sum| _mm256_madd_epi16(sum, ones));
             }
             if L::WIDTH == Width::Signed {
                 sums[0] = _mm256_sub_epi32(sums[0], _mm256_set1_epi32(records[row].start[0]));
             }
         }
+        sums
     }
-    sums
 }

@@ -82,9 +82,19 @@ impl Kernel {
                 Self { rows: super::avx512::ROWS, multiply: super::avx512::multiply::<L>, multiply_many: None }
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => Self { rows: super::avx2::ROWS, multiply: super::avx2::multiply::<L>, multiply_many: None },
+            Isa::Avx2 if is_x86_feature_detected!("avxvnni") => {
+                Self { multiply: super::avx2::multiply::<L, true>, ..Self::avx2_without_vnni::<L>() }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Self::avx2_without_vnni::<L>(),
             _ => Self { rows: super::portable::ROWS, multiply: super::portable::multiply::<L>, multiply_many: None },
         }
+    }
+
+    /// That of AVX2 on processors that have no more.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn avx2_without_vnni<L: Layout>() -> Self {
+        Self { rows: super::avx2::ROWS, multiply: super::avx2::multiply::<L, false>, multiply_many: None }
     }
 
     /// That of AMX on simulated tiles.

@@ -153,6 +153,14 @@ impl QuantisedMatrix {
         with_layout!(self.format, kernel())
     }
 
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub(super) fn kernel_without_vnni(&self) -> Kernel {
+        fn kernel<L: Layout>() -> Kernel {
+            Kernel::avx2_without_vnni::<L>()
+        }
+        with_layout!(self.format, kernel())
+    }
+
     /// What the activations need to know: the codes' bias, and whether each half of a block has its own scale.
     pub(super) fn bias(&self) -> (i32, bool) {
         let facts = facts_of(self.format);

@@ -1,5 +1,6 @@
 //! Quantised products against exact ones, and against themselves in other company.
 
+use super::driver::Kernel;
 use super::*;
 use crate::formats::Format;
 use crate::isa::{Isa, with_isa};
@@ -83,13 +84,21 @@ fn every_row_has_its_bits_on_any_instruction_set_in_any_company() {
     }
 }
 
-/// The kernels for AMX on simulated tiles, wherever the rest of them can run.
+/// The kernels that this machine does not choose by itself: for AMX on simulated tiles, wherever the rest of them can run,
+/// and for AVX2 without AVX-VNNI.
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn simulated_tiles_give_the_bits_of_plain_loops() {
-    if Isa::best() < Isa::Avx512 {
-        return;
+fn other_kernels_give_the_bits_of_plain_loops() {
+    if Isa::best() >= Isa::Avx512 {
+        gives_the_bits_of_plain_loops(QuantisedMatrix::simulated_kernel);
     }
+    if Isa::best() >= Isa::Avx2 {
+        gives_the_bits_of_plain_loops(QuantisedMatrix::kernel_without_vnni);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn gives_the_bits_of_plain_loops(kernel: impl Fn(&QuantisedMatrix) -> Kernel) {
     for format in PACKED_FORMATS {
         // More blocks than are taken at once, and units and columns that end inside.
         for (n, k) in [(50, 1280), (16, 256), (5, 2048)] {
@@ -103,7 +112,7 @@ fn simulated_tiles_give_the_bits_of_plain_loops() {
             let activations = Activations::quantise(&x, k, weights[0].blocks(), bias, halves);
             let jobs = [0, 1].map(|group| Job { matrix: &weights[group], rows: offsets[group]..offsets[group + 1] });
             let mut found = vec![2.5; 60 * n];
-            run(weights[0].simulated_kernel(), &jobs, &activations, Some(&source), &mut found);
+            run(kernel(&weights[0]), &jobs, &activations, Some(&source), &mut found);
             for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
                 let same = found.to_bits() == wanted.to_bits() || found.is_nan() && wanted.is_nan();
                 assert!(same, "{format:?} {n}x{k}: row {} column {}: {found} for {wanted}", i / n, i % n);
