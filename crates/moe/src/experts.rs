@@ -11,7 +11,7 @@ use moebius_kernels::gemm::{Beta, Mat, Packed, Precision, matmul_packed};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::parallel;
 use moebius_kernels::select;
-use moebius_tensor::{Graph, PackedOnce, Param, Rng, Tensor, TensorError, Var};
+use moebius_tensor::{Graph, Param, Rng, Tensor, TensorError, Var};
 use std::ops::Range;
 use std::rc::Rc;
 use stored::{Source, Stored};
@@ -187,10 +187,8 @@ impl ExpertBank {
         y: &mut [f32],
     ) {
         let (width, hidden) = (self.width, rows.hidden);
-        let [up_matrices, down_matrices] = [&self.gate_up, &self.down].map(|weight| match keeps_packs {
-            true => PackedOnce::Kept(weight.packed_forward(precision)),
-            false => weight.packed_forward_once(precision),
-        });
+        let [up_matrices, down_matrices] =
+            [&self.gate_up, &self.down].map(|weight| weight.lend_forward(precision, keeps_packs));
         let x = Source::new(precision, rows.x);
         let chunks = chunks::cut(rows.plan.offsets());
         let outputs = gate_up.split(&chunks, 2 * width).into_iter().zip(chunks::split(&chunks, y, hidden));

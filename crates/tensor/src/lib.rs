@@ -14,6 +14,6 @@ mod tensor;
 
 pub use backprop::{Backprop, LeafGradients};
 pub use graph::{Graph, Place, Var};
-pub use param::{Frozen, Gradients, PackedOnce, Param};
+pub use param::{Frozen, Gradients, LentPacks, Param};
 pub use random::Rng;
 pub use tensor::{Tensor, TensorError};

@@ -255,14 +255,20 @@ impl Param {
         self.backward[precision as usize].get_or_init(|| self.pack(precision, false))
     }
 
-    /// As [`Param::packed_forward`], for one use: packed forms that are not there already are not kept.
-    pub fn packed_forward_once(&self, precision: Precision) -> PackedOnce<'_> {
-        PackedOnce::of(&self.forward[precision as usize], || self.pack(precision, true))
+    /// As [`Param::packed_forward`]; unless the weight `keeps` them, packed forms that it had not are gone after this use.
+    pub fn lend_forward(&self, precision: Precision, keeps: bool) -> LentPacks<'_> {
+        match self.forward[precision as usize].get() {
+            None if !keeps => LentPacks::Made(self.pack(precision, true)),
+            _ => LentPacks::Kept(self.packed_forward(precision)),
+        }
     }
 
-    /// As [`Param::packed_backward`], for one use.
-    pub fn packed_backward_once(&self, precision: Precision) -> PackedOnce<'_> {
-        PackedOnce::of(&self.backward[precision as usize], || self.pack(precision, false))
+    /// As [`Param::lend_forward`] of [`Param::packed_backward`].
+    pub fn lend_backward(&self, precision: Precision, keeps: bool) -> LentPacks<'_> {
+        match self.backward[precision as usize].get() {
+            None if !keeps => LentPacks::Made(self.pack(precision, false)),
+            _ => LentPacks::Kept(self.packed_backward(precision)),
+        }
     }
 
     fn pack(&self, precision: Precision, transposed: bool) -> Vec<Packed> {
@@ -277,20 +283,14 @@ impl Param {
 
 /// Packed forms of a weight: the weight's own, or made for one use.
 #[derive(Debug)]
-pub enum PackedOnce<'p> {
+pub enum LentPacks<'p> {
     /// Those that the weight keeps.
     Kept(&'p [Packed]),
     /// Gone with this value.
     Made(Vec<Packed>),
 }
 
-impl<'p> PackedOnce<'p> {
-    fn of(kept: &'p OnceLock<Vec<Packed>>, make: impl FnOnce() -> Vec<Packed>) -> Self {
-        kept.get().map_or_else(|| Self::Made(make()), |kept| Self::Kept(kept))
-    }
-}
-
-impl Deref for PackedOnce<'_> {
+impl Deref for LentPacks<'_> {
     type Target = [Packed];
 
     fn deref(&self) -> &[Packed] {
@@ -402,10 +402,10 @@ mod tests {
     #[test]
     fn packs_for_one_use_are_not_kept() {
         let param = Param::new(0, "w", Tensor::new(&[2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
-        assert!(matches!(param.packed_backward_once(Precision::Bf16), PackedOnce::Made(_)));
-        assert!(matches!(param.packed_backward_once(Precision::Bf16), PackedOnce::Made(_)));
+        assert!(matches!(param.lend_backward(Precision::Bf16, false), LentPacks::Made(_)));
+        assert!(matches!(param.lend_backward(Precision::Bf16, false), LentPacks::Made(_)));
         let kept = param.packed_backward(Precision::Bf16);
-        assert_eq!(param.packed_backward_once(Precision::Bf16).as_ptr(), kept.as_ptr());
+        assert_eq!(param.lend_backward(Precision::Bf16, false).as_ptr(), kept.as_ptr());
     }
 
     #[test]

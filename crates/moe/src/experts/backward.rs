@@ -7,7 +7,7 @@ use moebius_kernels::gates;
 use moebius_kernels::gemm::{Beta, Mat, Precision, grouped_matmul_weight_gradient};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::select;
-use moebius_tensor::{Backprop, PackedOnce};
+use moebius_tensor::Backprop;
 
 /// What a backward pass over chunks leaves, all in the plan's order.
 struct Slopes {
@@ -125,10 +125,8 @@ impl ExpertBank {
             dx_rows: Buffer::scratch(if wants_input { len(hidden) } else { 0 }),
             dweights: Buffer::scratch(len(1)),
         };
-        let [up_matrices, down_matrices] = [&self.gate_up, &self.down].map(|weight| match keeps_packs {
-            true => PackedOnce::Kept(weight.packed_backward(precision)),
-            false => weight.packed_backward_once(precision),
-        });
+        let [up_matrices, down_matrices] =
+            [&self.gate_up, &self.down].map(|weight| weight.lend_backward(precision, keeps_packs));
         let dy = Source::new(stored_in, dy);
         let chunks = chunks::cut(plan.offsets());
         chunks::for_each(slopes.tasks(&chunks, hidden, width), |task| {
