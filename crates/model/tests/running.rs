@@ -93,9 +93,10 @@ fn every_format_is_near_and_the_finer_the_nearer() {
         let found = values(RunFormat::Block(format));
         found.iter().zip(&exact).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt() / norm
     };
-    let [eight, six, four] = [Format::Q8_0, Format::Q6_K, Format::Q4_0].map(error);
-    assert!(eight < six && six < four && four < 0.5, "{eight} {six} {four}");
-    for format in PACKED_FORMATS {
+    // Random weights lose a third of their norm in two bits, a sixth in three, layer after layer.
+    let errors = [Format::Q8_0, Format::Q6_K, Format::Q5_K, Format::Q4_K, Format::Q3_K, Format::Q2_K].map(error);
+    assert!(errors.is_sorted() && errors[4] < 0.75 && errors[5] < 1.0, "{errors:?}");
+    for format in PACKED_FORMATS.into_iter().filter(|format| ![Format::Q2_K, Format::Q3_K].contains(format)) {
         assert!(error(format) < 0.5, "{}", format.name());
     }
 }
@@ -229,9 +230,9 @@ fn broken_packed_folders_are_refused_by_name() {
         move |old: Vec<u8>| String::from_utf8(old).unwrap().replacen(from, to, 1).into_bytes()
     };
     for (from, to, wanted) in [
-        ("\"version\": 1", "\"version\": 9", "wanted 1, found 9: pack the model again"),
+        ("\"version\": 2", "\"version\": 1", "wanted 2, found 1: pack the model again"),
         ("q8_0", "q9_0", "found `q9_0`"),
-        ("q8_0", "q5_k", "is packed in q5_k"),
+        ("q8_0", "f16", "is packed in f16"),
         ("\"layers.0.moe.gate_up\"", "\"layers.7.moe.gate_up\"", "`layers.0.moe.gate_up`: no format"),
     ] {
         let found = change("packed.json", &replace(from, to));

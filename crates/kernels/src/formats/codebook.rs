@@ -1,5 +1,6 @@
 //! Formats whose codes of four bits choose from a table of 16 numbers that are not evenly spaced.
 
+use super::k_quants::Parts;
 use super::numbers::{F16_LARGEST, f16_at, f16_to_f32, half_e8m0, u16_at};
 use super::search::{Candidates, Table, errors, extreme, least, search_scaled, write_codes};
 use super::uniform::{encode_scaled, pack_nibbles, unpack_nibbles};
@@ -17,7 +18,7 @@ static E2M1_RISING: [f32; 16] = [-12., -8., -6., -4., -3., -2., -1., 0., 1., 2.,
 const E2M1_CODES: [u8; 16] = [15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7, 7];
 
 pub(super) struct Iq4Nl;
-pub(super) struct Iq4Xs;
+pub(crate) struct Iq4Xs;
 pub(super) struct Mxfp4;
 
 /// Numbers of a block, or of a part of one that has its own scale.
@@ -26,8 +27,8 @@ const LEN: usize = 32;
 const PARTS: usize = 8;
 
 #[inline(always)]
-fn decode_with(table: &[f32; 16], scale: f32, codes: &[u8], out: &mut [f32]) {
-    for (out, code) in out.iter_mut().zip(unpack_nibbles(codes)) {
+fn look_up(table: &[f32; 16], scale: f32, codes: &[u8], out: &mut [f32]) {
+    for (out, code) in out.iter_mut().zip(codes) {
         *out = scale * table[usize::from(code & 15)];
     }
 }
@@ -41,7 +42,7 @@ impl BlockFormat for Iq4Nl {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        decode_with(&NON_LINEAR, f16_at(block, 0), &block[2..18], out);
+        look_up(&NON_LINEAR, f16_at(block, 0), &unpack_nibbles(&block[2..18]), out);
     }
 
     #[inline(always)]
@@ -51,7 +52,23 @@ impl BlockFormat for Iq4Nl {
     }
 }
 
-/// Layout: scale f16, the parts' high two bits u16, their low four bits, codes. A part's scale is -32..=31.
+impl Iq4Xs {
+    /// Layout: scale f16, the parts' high two bits u16, their low four bits, codes. A part's scale is -32..=31.
+    #[inline(always)]
+    pub(crate) fn unpack(block: &[u8]) -> Parts<PARTS> {
+        let high = u16_at(block, 2);
+        let mut codes = [0; PARTS * LEN];
+        for (codes, pairs) in codes.chunks_exact_mut(LEN).zip(block[8..].chunks_exact(LEN / 2)) {
+            codes.copy_from_slice(&unpack_nibbles(pairs));
+        }
+        let scales = std::array::from_fn(|part| {
+            let low = block[4 + part / 2] >> (4 * (part % 2)) & 15;
+            (low | ((high >> (2 * part) & 3) as u8) << 4).wrapping_sub(32)
+        });
+        Parts { d: u16_at(block, 0), d_least: 0, scales, leasts: [0; PARTS], codes }
+    }
+}
+
 impl BlockFormat for Iq4Xs {
     const FORMAT: Format = Format::IQ4_XS;
     const NAME: &'static str = "iq4_xs";
@@ -61,11 +78,9 @@ impl BlockFormat for Iq4Xs {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        let (scale, high) = (f16_at(block, 0), u16_at(block, 2));
-        for (part, out) in out.chunks_exact_mut(LEN).enumerate() {
-            let low = block[4 + part / 2] >> (4 * (part % 2)) & 15;
-            let factor = i32::from(low) + (i32::from(high >> (2 * part) & 3) << 4) - 32;
-            decode_with(&NON_LINEAR, scale * factor as f32, &block[8 + 16 * part..24 + 16 * part], out);
+        let Parts { d, scales, codes, .. } = Self::unpack(block);
+        for ((out, codes), scale) in out.chunks_exact_mut(LEN).zip(codes.chunks_exact(LEN)).zip(scales) {
+            look_up(&NON_LINEAR, f16_to_f32(d) * f32::from(scale.cast_signed()), codes, out);
         }
     }
 
@@ -99,7 +114,7 @@ impl BlockFormat for Mxfp4 {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        decode_with(&E2M1_DOUBLED, half_e8m0(block[0]), &block[1..17], out);
+        look_up(&E2M1_DOUBLED, half_e8m0(block[0]), &unpack_nibbles(&block[1..17]), out);
     }
 
     #[inline(always)]

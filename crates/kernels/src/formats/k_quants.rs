@@ -1,9 +1,9 @@
 //! The k-quants: blocks of 256 numbers in parts of 16 or 32, whose scales are small integers times the block's own
 //! (llama.cpp, pull request 1684).
 //!
-//! Each format here is where its bits stand: `unpack` makes a byte of each code, `pack` the reverse.
+//! Each format here is where its bits stand: `unpack` makes a byte of each number, `encode` the reverse.
 
-use super::numbers::{F16_LARGEST, f16_at, f16_to_f32};
+use super::numbers::{F16_LARGEST, f16_to_f32, u16_at};
 use super::search::{CodeSet, ScaledBlock, Whole, search_scaled, write_codes};
 use super::search_affine::{AffineBlock, search_lines};
 use super::{BlockFormat, Format};
@@ -14,16 +14,28 @@ pub(super) const LEN: usize = 256;
 /// A block's codes, a byte each.
 pub(super) type Codes = [u8; LEN];
 
+/// A block taken apart: what its f16 factors and the small integers of its parts are.
+pub(crate) struct Parts<const N: usize> {
+    /// Bits of the f16 that the scales are multiplied with.
+    pub(crate) d: u16,
+    /// Bits of the f16 that the leasts are multiplied with.
+    pub(crate) d_least: u16,
+    /// Signed ones as two's complement.
+    pub(crate) scales: [u8; N],
+    pub(crate) leasts: [u8; N],
+    pub(crate) codes: Codes,
+}
+
 /// Parts of 16; a number is `d * scale * code - d_least * least`: two bits of code, four of scale and least.
-pub(super) struct Q2K;
+pub(crate) struct Q2K;
 /// Parts of 16; a number is `d * scale * code`: three bits of code, six of scale, both signed.
-pub(super) struct Q3K;
+pub(crate) struct Q3K;
 /// Parts of 32; a number is `d * scale * code - d_least * least`: four bits of code, six of scale and least.
-pub(super) struct Q4K;
+pub(crate) struct Q4K;
 /// As [`Q4K`] with five bits of code.
-pub(super) struct Q5K;
+pub(crate) struct Q5K;
 /// Parts of 16; a number is `d * scale * code`: six bits of code, eight of scale, both signed.
-pub(super) struct Q6K;
+pub(crate) struct Q6K;
 
 /// The scales and leasts of the eight parts of [`Q4K`] and [`Q5K`]: six bits each in twelve bytes.
 #[inline(always)]
@@ -147,25 +159,91 @@ fn encode_signed<S: Simd, C: CodeSet>(simd: S, set: C, values: &[f32], lowest: f
     (chosen, codes)
 }
 
-/// `scale * code - least` for each part of `out.len() / N`.
+/// `d * scale * code - d_least * least` for each part.
 #[inline(always)]
-fn decode_affine<const N: usize>(codes: &Codes, scales: [f32; N], leasts: [f32; N], out: &mut [f32]) {
-    let parts = out.chunks_exact_mut(LEN / N).zip(codes.chunks_exact(LEN / N));
-    for ((out, codes), (scale, least)) in parts.zip(scales.into_iter().zip(leasts)) {
+fn decode_affine<const N: usize>(block: &Parts<N>, out: &mut [f32]) {
+    let (d, d_least) = (f16_to_f32(block.d), f16_to_f32(block.d_least));
+    let parts = out.chunks_exact_mut(LEN / N).zip(block.codes.chunks_exact(LEN / N));
+    for ((out, codes), (scale, least)) in parts.zip(block.scales.into_iter().zip(block.leasts)) {
+        let (scale, least) = (d * f32::from(scale), d_least * f32::from(least));
         out.iter_mut().zip(codes).for_each(|(out, &code)| *out = scale * f32::from(code) - least);
     }
 }
 
-/// `scale * (code - zero)` for each of sixteen parts.
+/// `d * scale * (code - zero)` for each of sixteen parts.
 #[inline(always)]
-fn decode_signed(codes: &Codes, zero: i32, scales: [f32; 16], out: &mut [f32]) {
-    let parts = out.chunks_exact_mut(16).zip(codes.chunks_exact(16));
-    for ((out, codes), scale) in parts.zip(scales) {
+fn decode_signed(block: &Parts<16>, zero: i32, out: &mut [f32]) {
+    let d = f16_to_f32(block.d);
+    let parts = out.chunks_exact_mut(16).zip(block.codes.chunks_exact(16));
+    for ((out, codes), scale) in parts.zip(block.scales) {
+        let scale = d * f32::from(scale.cast_signed());
         out.iter_mut().zip(codes).for_each(|(out, &code)| *out = scale * (i32::from(code) - zero) as f32);
     }
 }
 
-/// Layout: scale (low four bits) and least of each part, codes, `d`, `d_least`.
+impl Q2K {
+    /// Layout: scale (low four bits) and least of each part, codes, `d`, `d_least`.
+    #[inline(always)]
+    pub(crate) fn unpack(block: &[u8]) -> Parts<16> {
+        Parts {
+            d: u16_at(block, 80),
+            d_least: u16_at(block, 82),
+            scales: std::array::from_fn(|i| block[i] & 15),
+            leasts: std::array::from_fn(|i| block[i] >> 4),
+            codes: unpack_two_bits(&block[16..80]),
+        }
+    }
+}
+
+impl Q3K {
+    /// Layout: third bits of the codes, low two bits, scales, `d`. A third bit that is set takes nothing away, one that
+    /// is not takes four.
+    #[inline(always)]
+    pub(crate) fn unpack(block: &[u8]) -> Parts<16> {
+        let mut codes = unpack_two_bits(&block[32..96]);
+        for_each_bit(&block[..32], &mut codes, |code, bit| *code |= bit << 2);
+        let scales = unpack_signed_scales(&block[96..108]).map(|scale| scale.wrapping_sub(32));
+        Parts { d: u16_at(block, 108), d_least: 0, scales, leasts: [0; 16], codes }
+    }
+}
+
+impl Q4K {
+    /// Layout: `d`, `d_least`, scales, codes.
+    #[inline(always)]
+    pub(crate) fn unpack(block: &[u8]) -> Parts<8> {
+        let (scales, leasts) = unpack_scales(&block[4..16]);
+        let codes = unpack_four_bits(&block[16..144]);
+        Parts { d: u16_at(block, 0), d_least: u16_at(block, 2), scales, leasts, codes }
+    }
+}
+
+impl Q5K {
+    /// Layout: `d`, `d_least`, scales, fifth bits of the codes, low four bits.
+    #[inline(always)]
+    pub(crate) fn unpack(block: &[u8]) -> Parts<8> {
+        let (scales, leasts) = unpack_scales(&block[4..16]);
+        let mut codes = unpack_four_bits(&block[48..176]);
+        for_each_bit(&block[16..48], &mut codes, |code, bit| *code |= bit << 4);
+        Parts { d: u16_at(block, 0), d_least: u16_at(block, 2), scales, leasts, codes }
+    }
+}
+
+impl Q6K {
+    /// Layout: low four bits of the codes, high two, scales, `d`. In each half of 128, byte `i` of 64 holds the low bits
+    /// of the numbers `i` and `64 + i`.
+    #[inline(always)]
+    pub(crate) fn unpack(block: &[u8]) -> Parts<16> {
+        let mut codes = unpack_two_bits(&block[128..192]);
+        for (codes, bytes) in codes.chunks_exact_mut(128).zip(block[..128].chunks_exact(64)) {
+            let (low, high) = codes.split_at_mut(64);
+            low.iter_mut().zip(bytes).for_each(|(code, byte)| *code = *code << 4 | byte & 15);
+            high.iter_mut().zip(bytes).for_each(|(code, byte)| *code = *code << 4 | byte >> 4);
+        }
+        let scales = std::array::from_fn(|i| block[192 + i]);
+        Parts { d: u16_at(block, 208), d_least: 0, scales, leasts: [0; 16], codes }
+    }
+}
+
 impl BlockFormat for Q2K {
     const FORMAT: Format = Format::Q2_K;
     const NAME: &'static str = "q2_k";
@@ -175,10 +253,7 @@ impl BlockFormat for Q2K {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        let (d, d_least) = (f16_at(block, 80), f16_at(block, 82));
-        let scales: [f32; 16] = std::array::from_fn(|i| d * f32::from(block[i] & 15));
-        let leasts = std::array::from_fn(|i| d_least * f32::from(block[i] >> 4));
-        decode_affine(&unpack_two_bits(&block[16..80]), scales, leasts, out);
+        decode_affine(&Self::unpack(block), out);
     }
 
     #[inline(always)]
@@ -194,8 +269,6 @@ impl BlockFormat for Q2K {
     }
 }
 
-/// Layout: third bits of the codes, low two bits, scales, `d`. A third bit that is set takes nothing away, one that is
-/// not takes four.
 impl BlockFormat for Q3K {
     const FORMAT: Format = Format::Q3_K;
     const NAME: &'static str = "q3_k";
@@ -205,11 +278,7 @@ impl BlockFormat for Q3K {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        let d = f16_at(block, 108);
-        let mut codes = unpack_two_bits(&block[32..96]);
-        for_each_bit(&block[..32], &mut codes, |code, bit| *code |= bit << 2);
-        let scales = unpack_signed_scales(&block[96..108]).map(|scale| d * (i32::from(scale) - 32) as f32);
-        decode_signed(&codes, 4, scales, out);
+        decode_signed(&Self::unpack(block), 4, out);
     }
 
     #[inline(always)]
@@ -222,7 +291,6 @@ impl BlockFormat for Q3K {
     }
 }
 
-/// Layout: `d`, `d_least`, scales, codes.
 impl BlockFormat for Q4K {
     const FORMAT: Format = Format::Q4_K;
     const NAME: &'static str = "q4_k";
@@ -232,10 +300,7 @@ impl BlockFormat for Q4K {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        let (d, d_least) = (f16_at(block, 0), f16_at(block, 2));
-        let (scales, leasts) = unpack_scales(&block[4..16]);
-        let codes = unpack_four_bits(&block[16..144]);
-        decode_affine(&codes, scales.map(|s| d * f32::from(s)), leasts.map(|l| d_least * f32::from(l)), out);
+        decode_affine(&Self::unpack(block), out);
     }
 
     #[inline(always)]
@@ -249,7 +314,6 @@ impl BlockFormat for Q4K {
     }
 }
 
-/// Layout: `d`, `d_least`, scales, fifth bits of the codes, low four bits.
 impl BlockFormat for Q5K {
     const FORMAT: Format = Format::Q5_K;
     const NAME: &'static str = "q5_k";
@@ -259,11 +323,7 @@ impl BlockFormat for Q5K {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        let (d, d_least) = (f16_at(block, 0), f16_at(block, 2));
-        let (scales, leasts) = unpack_scales(&block[4..16]);
-        let mut codes = unpack_four_bits(&block[48..176]);
-        for_each_bit(&block[16..48], &mut codes, |code, bit| *code |= bit << 4);
-        decode_affine(&codes, scales.map(|s| d * f32::from(s)), leasts.map(|l| d_least * f32::from(l)), out);
+        decode_affine(&Self::unpack(block), out);
     }
 
     #[inline(always)]
@@ -278,8 +338,6 @@ impl BlockFormat for Q5K {
     }
 }
 
-/// Layout: low four bits of the codes, high two, scales, `d`. In each half of 128, byte `i` of 64 holds the low bits of
-/// the numbers `i` and `64 + i`.
 impl BlockFormat for Q6K {
     const FORMAT: Format = Format::Q6_K;
     const NAME: &'static str = "q6_k";
@@ -289,15 +347,7 @@ impl BlockFormat for Q6K {
 
     #[inline(always)]
     fn decode(block: &[u8], out: &mut [f32]) {
-        let d = f16_at(block, 208);
-        let mut codes = unpack_two_bits(&block[128..192]);
-        for (codes, bytes) in codes.chunks_exact_mut(128).zip(block[..128].chunks_exact(64)) {
-            let (low, high) = codes.split_at_mut(64);
-            low.iter_mut().zip(bytes).for_each(|(code, byte)| *code = *code << 4 | byte & 15);
-            high.iter_mut().zip(bytes).for_each(|(code, byte)| *code = *code << 4 | byte >> 4);
-        }
-        let scales = std::array::from_fn(|i| d * f32::from(block[192 + i] as i8));
-        decode_signed(&codes, 32, scales, out);
+        decode_signed(&Self::unpack(block), 32, out);
     }
 
     #[inline(always)]

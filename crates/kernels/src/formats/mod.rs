@@ -6,13 +6,13 @@
 //!
 //! Legend: a *block* is `block_len` numbers in `block_bytes` bytes; a *code* is a number's few bits.
 
-mod codebook;
-mod k_quants;
-mod numbers;
+pub(crate) mod codebook;
+pub(crate) mod k_quants;
+pub(crate) mod numbers;
 mod plain;
 mod search;
 mod search_affine;
-mod uniform;
+pub(crate) mod uniform;
 
 use crate::isa::Isa;
 use crate::parallel::{DisjointMut, for_each_index};

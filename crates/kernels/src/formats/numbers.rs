@@ -53,7 +53,7 @@ pub(super) fn f32_to_bf16(value: f32) -> u16 {
 
 /// Half of the power of two that eight bits of exponent mean (OCP Microscaling Formats 1.0, E8M0).
 #[inline(always)]
-pub(super) fn half_e8m0(exponent: u8) -> f32 {
+pub(crate) fn half_e8m0(exponent: u8) -> f32 {
     f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { u32::from(exponent - 1) << 23 })
 }
 

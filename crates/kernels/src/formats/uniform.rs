@@ -20,7 +20,7 @@ pub(super) struct Q5_1;
 
 /// The 32 codes of four bits in 16 bytes.
 #[inline(always)]
-pub(super) fn unpack_nibbles(bytes: &[u8]) -> [u8; LEN] {
+pub(crate) fn unpack_nibbles(bytes: &[u8]) -> [u8; LEN] {
     let bytes: &[u8; LEN / 2] = bytes.try_into().expect("16 bytes of codes");
     std::array::from_fn(|i| if i < LEN / 2 { bytes[i] & 15 } else { bytes[i - LEN / 2] >> 4 })
 }
@@ -63,7 +63,7 @@ fn encode_affine<const HIGHEST: i32, S: Simd>(simd: S, values: &[f32], block: &m
 
 /// Adds the fifth bits that four bytes hold.
 #[inline(always)]
-fn with_fifth_bits(mut codes: [u8; LEN], high: &[u8]) -> [u8; LEN] {
+pub(crate) fn with_fifth_bits(mut codes: [u8; LEN], high: &[u8]) -> [u8; LEN] {
     let high = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
     for (i, code) in codes.iter_mut().enumerate() {
         *code |= ((high >> i & 1) as u8) << 4;

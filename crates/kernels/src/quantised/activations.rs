@@ -3,7 +3,7 @@
 //! A block's scale is its largest magnitude over 127, its codes the values over the scale, rounded to the nearest (ties
 //! to even). What a block becomes depends on its 32 numbers alone.
 
-use super::layout::BLOCK;
+use super::layout::{BLOCK, Layout};
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel;
@@ -14,11 +14,19 @@ use crate::parallel;
 pub(super) struct Record {
     pub(super) codes: [i8; BLOCK],
     pub(super) scale: f32,
-    /// What the sums of unsigned codes start from, for the two halves (or the whole, in the first):
-    /// -bias times the sum of the codes.
+    /// What the sums of unsigned codes start from, for the two halves (or the whole, in the first): -bias times the sum
+    /// of the codes. In formats whose halves have minima, the sum of a half's codes.
     pub(super) start: [i32; 2],
     /// The sum of the block: scale times the sum of the codes.
     pub(super) sum: f32,
+}
+
+impl Record {
+    /// The sum of the block, or of a half if minima are those of halves.
+    #[inline(always)]
+    pub(super) fn part<L: Layout>(&self, half: usize) -> f32 {
+        if L::AFFINE_HALVES { self.scale * self.start[half] as f32 } else { self.sum }
+    }
 }
 
 /// Rows of records.

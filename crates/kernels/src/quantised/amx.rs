@@ -17,7 +17,7 @@ use std::arch::x86_64::*;
 
 use super::activations::Record;
 use super::driver::ManyRows;
-use super::layout::{BLOCK, GROUPS, LANES, Layout, x86};
+use super::layout::{BLOCK, GROUPS, LANES, Layout, Scales, x86};
 use crate::memory::Buffer;
 use crate::tiles::{Configuration, ROW_BYTES, Shape, Tiles, WHOLE};
 
@@ -29,15 +29,10 @@ const CACHED_BLOCKS: usize = 32;
 const UNDERWAY: usize = 8;
 const SUMS: usize = LANES * LANES;
 
-/// Parts of a block with their own scales.
-const fn parts<L: Layout>() -> usize {
-    if L::HALVES { 2 } else { 1 }
-}
-
 /// Tiles 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns.
 const fn shapes<L: Layout>() -> [Shape; 8] {
-    let rows = Shape { rows: LANES as u8, row_bytes: (BLOCK / parts::<L>()) as u8 };
-    let columns = Shape { rows: (GROUPS / parts::<L>()) as u8, row_bytes: ROW_BYTES as u8 };
+    let rows = Shape { rows: LANES as u8, row_bytes: (BLOCK / L::PARTS) as u8 };
+    let columns = Shape { rows: (GROUPS / L::PARTS) as u8, row_bytes: ROW_BYTES as u8 };
     [WHOLE, WHOLE, WHOLE, WHOLE, rows, rows, columns, columns]
 }
 
@@ -63,10 +58,10 @@ pub(super) unsafe fn multiply<T: Tiles, L: Layout>(product: &ManyRows) {
                     blocks: CACHED_BLOCKS.min(blocks - first),
                     row_codes: rows.codes[block * BLOCK_BYTES..].as_ptr().cast(),
                     row_scales: rows.scales[block * LANES..].as_ptr(),
-                    row_sums: if L::AFFINE { rows.sums[block * LANES..].as_ptr() } else { std::ptr::null() },
+                    row_sums: if L::AFFINE { rows.sums[block * L::PARTS * LANES..].as_ptr() } else { std::ptr::null() },
                     codes: columns.codes[first * BLOCK_BYTES..].as_ptr().cast(),
-                    scales: columns.scales[first * parts::<L>() * LANES..].as_ptr(),
-                    mins: if L::AFFINE { columns.mins[first * LANES..].as_ptr() } else { std::ptr::null() },
+                    scales: columns.scales[first * L::PARTS * LANES..].as_ptr(),
+                    mins: if L::AFFINE { columns.mins[first * L::PARTS * LANES..].as_ptr() } else { std::ptr::null() },
                     accumulate: first > 0,
                     c: product.c.wrapping_add(first_row * matrix.n() + panel * LANES),
                     c_stride: matrix.n(),
@@ -86,7 +81,7 @@ struct Rows {
     codes: Buffer<i8>,
     /// `[tiles][blocks][16 rows]`
     scales: Buffer<f32>,
-    /// `[tiles][blocks][16 rows]`, if the format has minima.
+    /// `[tiles][blocks][parts][16 rows]`, if the format has minima.
     sums: Buffer<f32>,
 }
 
@@ -95,7 +90,7 @@ impl Rows {
         let tiles = rows.len().div_ceil(LANES);
         let mut codes = Buffer::<i8>::zeroed(tiles * blocks * BLOCK_BYTES);
         let mut scales = Buffer::<f32>::zeroed(tiles * blocks * LANES);
-        let mut sums = Buffer::<f32>::zeroed(if L::AFFINE { tiles * blocks * LANES } else { 0 });
+        let mut sums = Buffer::<f32>::zeroed(if L::AFFINE { tiles * blocks * L::PARTS * LANES } else { 0 });
         for (row, &records) in rows.iter().enumerate() {
             // SAFETY: `ManyRows` says that a row has these records.
             let records = unsafe { std::slice::from_raw_parts(records, blocks) };
@@ -105,7 +100,9 @@ impl Rows {
                 codes[place * BLOCK..][..BLOCK].copy_from_slice(&record.codes);
                 scales[place] = record.scale;
                 if L::AFFINE {
-                    sums[place] = record.sum;
+                    for part in 0..L::PARTS {
+                        sums[(block * L::PARTS + part) * LANES + row % LANES] = record.part::<L>(part);
+                    }
                 }
             }
         }
@@ -119,7 +116,7 @@ struct Columns {
     codes: Buffer<i8>,
     /// `[blocks][parts][16 columns]`
     scales: Buffer<f32>,
-    /// `[blocks][16 columns]`, if the format has minima.
+    /// `[blocks][parts][16 columns]`, if the format has minima.
     mins: Buffer<f32>,
 }
 
@@ -127,8 +124,8 @@ impl Columns {
     fn unfilled<L: Layout>(blocks: usize) -> Self {
         Self {
             codes: Buffer::scratch(blocks * BLOCK_BYTES),
-            scales: Buffer::scratch(blocks * parts::<L>() * LANES),
-            mins: Buffer::scratch(if L::AFFINE { blocks * LANES } else { 0 }),
+            scales: Buffer::scratch(blocks * L::PARTS * LANES),
+            mins: Buffer::scratch(if L::AFFINE { blocks * L::PARTS * LANES } else { 0 }),
         }
     }
 
@@ -151,12 +148,12 @@ impl Columns {
                     _mm512_store_si512(codes.cast(), _mm512_sub_epi8(group, bias));
                     codes = codes.add(ROW_BYTES);
                 }
-                for part in 0..parts::<L>() {
-                    let scales = self.scales.as_mut_ptr().add((index * parts::<L>() + part) * LANES);
-                    _mm512_store_ps(scales, L::scales_512(unit, block, part));
-                }
-                if L::AFFINE {
-                    _mm512_store_ps(self.mins.as_mut_ptr().add(index * LANES), L::mins_512(unit, block));
+                for part in 0..L::PARTS {
+                    let place = (index * L::PARTS + part) * LANES;
+                    _mm512_store_ps(self.scales.as_mut_ptr().add(place), L::Scales::scales_512(unit, block, part));
+                    if L::AFFINE {
+                        _mm512_store_ps(self.mins.as_mut_ptr().add(place), L::Scales::mins_512(unit, block, part));
+                    }
                 }
             }
         }
@@ -182,7 +179,7 @@ struct Chunk {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn add_chunk<T: Tiles, L: Layout>(tiles: &mut T, underway: *mut i32, chunk: &Chunk) {
-    let parts = parts::<L>();
+    let parts = L::PARTS;
     let steps = chunk.blocks * parts;
     let mut sums = [_mm512_setzero_ps(); LANES];
     // SAFETY: `multiply` made the chunk of buffers that hold its blocks; C has these rows and columns; each step reads
@@ -207,10 +204,10 @@ unsafe fn add_chunk<T: Tiles, L: Layout>(tiles: &mut T, underway: *mut i32, chun
                 let scale = _mm512_mul_ps(scales, _mm512_set1_ps(chunk.row_scales.add(block + row).read()));
                 *sum = _mm512_fmadd_ps(product, scale, *sum);
             }
-            if L::AFFINE && step % parts == parts - 1 {
-                let mins = _mm512_load_ps(chunk.mins.add(block));
+            if L::AFFINE {
+                let mins = _mm512_load_ps(chunk.mins.add(step * LANES));
                 for (row, sum) in sums.iter_mut().enumerate() {
-                    let row_sum = _mm512_set1_ps(chunk.row_sums.add(block + row).read());
+                    let row_sum = _mm512_set1_ps(chunk.row_sums.add(step * LANES + row).read());
                     *sum = _mm512_fnmadd_ps(mins, row_sum, *sum);
                 }
             }
@@ -247,7 +244,7 @@ unsafe fn start_with<T: Tiles, L: Layout, const SUM: u8, const A: u8, const B: u
     chunk: &Chunk,
     step: usize,
 ) {
-    let parts = parts::<L>();
+    let parts = L::PARTS;
     // SAFETY: the step's block is one of the chunk's, and `underway` holds `UNDERWAY` tiles.
     unsafe {
         let rows = chunk.row_codes.add(step / parts * BLOCK_BYTES + step % parts * (BLOCK / parts));

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::activations::Record;
 use super::driver::Tile;
-use super::layout::{GROUPS, LANES, Layout, Width, x86};
+use super::layout::{GROUPS, LANES, Layout, Scales, Width, x86};
 
 /// Rows that one call takes at most.
 pub(super) const ROWS: usize = 4;
@@ -62,20 +62,19 @@ unsafe fn rows<L: Layout, const N: usize, const VNNI: bool>(tile: &Tile) {
                 let records: [&Record; N] = records.map(|row| &*row.add(index * L::UNIT_BLOCKS + block));
                 for (side, sums) in sums.iter_mut().enumerate() {
                     let products = block_products::<L, N, VNNI>(unit, block, side, &records);
-                    let scales =
-                        [L::scales_256(unit, block, 0, side), L::scales_256(unit, block, usize::from(L::HALVES), side)];
-                    for ((sum, products), record) in sums.iter_mut().zip(products).zip(records) {
-                        let halves = products.into_iter().zip(scales).zip(record.start);
-                        for ((product, scale), start) in halves.take(1 + usize::from(L::HALVES)) {
-                            let product = _mm256_cvtepi32_ps(_mm256_add_epi32(product, _mm256_set1_epi32(start)));
-                            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(record.scale));
-                            *sum = _mm256_fmadd_ps(product, scale, *sum);
+                    for half in 0..L::PARTS {
+                        let scales = L::Scales::scales_256(unit, block, half, side);
+                        for ((sum, products), record) in sums.iter_mut().zip(&products).zip(records) {
+                            let start = if L::AFFINE_HALVES { 0 } else { record.start[half] };
+                            let product = _mm256_add_epi32(products[half], _mm256_set1_epi32(start));
+                            let scale = _mm256_mul_ps(scales, _mm256_set1_ps(record.scale));
+                            *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), scale, *sum);
                         }
-                    }
-                    if L::AFFINE {
-                        let mins = L::mins_256(unit, block, side);
-                        for (sum, record) in sums.iter_mut().zip(records) {
-                            *sum = _mm256_fnmadd_ps(mins, _mm256_set1_ps(record.sum), *sum);
+                        if L::AFFINE {
+                            let mins = L::Scales::mins_256(unit, block, half, side);
+                            for (sum, record) in sums.iter_mut().zip(records) {
+                                *sum = _mm256_fnmadd_ps(mins, _mm256_set1_ps(record.part::<L>(half)), *sum);
+                            }
                         }
                     }
                 }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::activations::Record;
 use super::driver::Tile;
-use super::layout::{GROUPS, LANES, Layout, x86};
+use super::layout::{GROUPS, LANES, Layout, Scales, x86};
 
 /// Rows that one call takes at most: their sums and products fit into the registers.
 pub(super) const ROWS: usize = 8;
@@ -49,7 +49,8 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
                 macro_rules! start {
                     ($half:literal) => {
                         for (product, record) in products.iter_mut().zip(records) {
-                            *product = _mm512_set1_epi32(record.start[$half]);
+                            let start = if L::AFFINE_HALVES { 0 } else { record.start[$half] };
+                            *product = _mm512_set1_epi32(start);
                         }
                     };
                 }
@@ -64,10 +65,16 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
                 }
                 macro_rules! add {
                     ($half:literal) => {
-                        let scales = L::scales_512(unit, block, $half);
+                        let scales = L::Scales::scales_512(unit, block, $half);
                         for ((sum, product), record) in sums.iter_mut().zip(products).zip(records) {
                             let scale = _mm512_mul_ps(scales, _mm512_set1_ps(record.scale));
                             *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, *sum);
+                        }
+                        if L::AFFINE {
+                            let mins = L::Scales::mins_512(unit, block, $half);
+                            for (sum, record) in sums.iter_mut().zip(records) {
+                                *sum = _mm512_fnmadd_ps(mins, _mm512_set1_ps(record.part::<L>($half)), *sum);
+                            }
                         }
                     };
                 }
@@ -81,12 +88,6 @@ unsafe fn rows<L: Layout, const N: usize>(tile: &Tile) {
                 } else {
                     multiply!(4 5 6 7);
                     add!(0);
-                }
-                if L::AFFINE {
-                    let mins = L::mins_512(unit, block);
-                    for (sum, record) in sums.iter_mut().zip(records) {
-                        *sum = _mm512_fnmadd_ps(mins, _mm512_set1_ps(record.sum), *sum);
-                    }
                 }
             }
             unit = unit.add(L::UNIT_BYTES);

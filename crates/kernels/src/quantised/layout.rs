@@ -2,11 +2,12 @@
 //! panel becomes codes and scales again.
 //!
 //! A *panel* holds 16 columns (rows of the weight matrix, outputs of the product). Along K it is cut into *units* of one
-//! or more blocks of 32, each unit a whole number of cache lines. A block's codes, once unpacked, are eight *groups* of
-//! four along K: for each of the 16 columns four bytes, as the dot-product instructions read them.
+//! or more blocks of 32, each unit a whole number of cache lines: first the [`Scales`] of its blocks, then block after
+//! block the [`Codes`]. A block's codes, once unpacked, are eight *groups* of four along K: for each of the 16 columns
+//! four bytes, as the dot-product instructions read them.
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{__m256, __m256i, __m512, __m512i};
+use std::arch::x86_64::*;
 
 /// Columns of a panel.
 pub(super) const LANES: usize = 16;
@@ -28,35 +29,135 @@ pub(super) enum Width {
     Signed,
 }
 
+/// How the codes of a block of sixteen columns are stored.
+pub(super) trait Codes: 'static {
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// What is subtracted from an unsigned code.
+    const BIAS: i32;
+    /// How large codes are, for AVX2.
+    const WIDTH: Width;
+
+    /// Writes one column's codes into a block that was zero there.
+    fn put(codes: &[u8; BLOCK], column: usize, block: &mut [u8]);
+    /// The unsigned codes of a block.
+    fn get(block: &[u8]) -> [Group; GROUPS];
+    /// A group of a block.
+    ///
+    /// # Safety
+    /// `block` is readable, and the machine has AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn get_512(block: *const u8, group: usize) -> __m512i;
+    /// Groups `group` and `group + 4`, of columns 0..8 or 8..16; signed if `WIDTH` says so.
+    ///
+    /// # Safety
+    /// `block` is readable, and the machine has AVX2.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn get_256(block: *const u8, group: usize, side: usize) -> [__m256i; 2];
+}
+
+/// How the scales of a unit of sixteen columns are stored, and its minima if it has any.
+pub(super) trait Scales: 'static {
+    /// Blocks of 32 in a unit.
+    const BLOCKS: usize;
+    /// Bytes of a unit's scales and minima.
+    const BYTES: usize;
+    /// Whether each half of a block has its own scale (and minimum).
+    const HALVES: bool;
+    /// Whether there are minima.
+    const AFFINE: bool;
+    /// What one column brings to a unit.
+    type Column;
+
+    /// Writes one column into a unit that was zero there.
+    fn put(scales: &Self::Column, column: usize, unit: &mut [u8]);
+    /// The columns' scales, of the whole block or of a half.
+    fn scales(unit: &[u8], block: usize, half: usize) -> [f32; LANES];
+    /// The columns' minima, if `AFFINE`.
+    fn mins(_unit: &[u8], _block: usize, _half: usize) -> [f32; LANES] {
+        [0.0; LANES]
+    }
+
+    /// As [`Scales::scales`].
+    ///
+    /// # Safety
+    /// `unit` is readable, and the machine has AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn scales_512(unit: *const u8, block: usize, half: usize) -> __m512;
+    /// As [`Scales::mins`].
+    ///
+    /// # Safety
+    /// As [`Scales::scales_512`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn mins_512(_unit: *const u8, _block: usize, _half: usize) -> __m512 {
+        _mm512_setzero_ps()
+    }
+    /// As [`Scales::scales`], of columns 0..8 or 8..16.
+    ///
+    /// # Safety
+    /// `unit` is readable, and the machine has AVX2.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn scales_256(unit: *const u8, block: usize, half: usize, side: usize) -> __m256;
+    /// As [`Scales::mins`], of columns 0..8 or 8..16.
+    ///
+    /// # Safety
+    /// As [`Scales::scales_256`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn mins_256(_unit: *const u8, _block: usize, _half: usize, _side: usize) -> __m256 {
+        _mm256_setzero_ps()
+    }
+}
+
 /// A weight format as the kernels see it.
 ///
 /// A weight is `scale * (code - BIAS) - min`, its code unsigned.
 pub(super) trait Layout: 'static {
-    /// Blocks of 32 in a unit.
-    const UNIT_BLOCKS: usize;
-    /// Bytes of a panel's unit.
-    const UNIT_BYTES: usize;
+    /// How its scales are stored.
+    type Scales: Scales;
+    /// How its codes are stored.
+    type Codes: Codes;
     /// Bytes of one column's unit in the published format.
     const SOURCE_BYTES: usize;
+
+    /// Takes one column's unit, or what there is of it, in the published format apart; hands on the codes of each block.
+    fn read(source: &[u8], codes: impl FnMut(usize, &[u8; BLOCK])) -> <Self::Scales as Scales>::Column;
+
+    /// Blocks of 32 in a unit.
+    const UNIT_BLOCKS: usize = Self::Scales::BLOCKS;
+    /// Bytes of a panel's unit.
+    const UNIT_BYTES: usize = Self::Scales::BYTES + Self::UNIT_BLOCKS * Self::Codes::BYTES;
     /// What is subtracted from an unsigned code.
-    const BIAS: i32;
+    const BIAS: i32 = Self::Codes::BIAS;
     /// Whether each half of a block has its own scale.
-    const HALVES: bool;
-    /// Whether blocks have a minimum.
-    const AFFINE: bool;
+    const HALVES: bool = Self::Scales::HALVES;
+    /// Parts of a block that have their own scale.
+    const PARTS: usize = if Self::HALVES { 2 } else { 1 };
+    /// Whether there are minima.
+    const AFFINE: bool = Self::Scales::AFFINE;
+    /// Whether minima are those of halves. Then codes have no bias, and the records' starts are the sums of the halves.
+    const AFFINE_HALVES: bool = Self::AFFINE && Self::HALVES;
+    /// What the records' starts are made with.
+    const START_BIAS: i32 = if Self::AFFINE_HALVES { -1 } else { Self::BIAS };
     /// How large codes are, for AVX2.
-    const WIDTH: Width;
+    const WIDTH: Width = Self::Codes::WIDTH;
 
     /// Writes one column of a unit, given its blocks in the published format; `unit` was zero.
-    fn pack(source: &[u8], column: usize, unit: &mut [u8]);
+    fn pack(source: &[u8], column: usize, unit: &mut [u8]) {
+        const { assert!(Self::UNIT_BYTES.is_multiple_of(64) && (!Self::AFFINE_HALVES || Self::BIAS == 0)) };
+        let (scales, blocks) = unit.split_at_mut(Self::Scales::BYTES);
+        let read = Self::read(source, |block, codes| {
+            Self::Codes::put(codes, column, &mut blocks[block * Self::Codes::BYTES..][..Self::Codes::BYTES]);
+        });
+        Self::Scales::put(&read, column, scales);
+    }
 
     /// The unsigned codes of a block.
-    fn codes(unit: &[u8], block: usize) -> [Group; GROUPS];
-    /// The columns' scales, of the whole block or of a half.
-    fn scales(unit: &[u8], block: usize, half: usize) -> [f32; LANES];
-    /// The columns' minima, if `AFFINE`.
-    fn mins(_unit: &[u8], _block: usize) -> [f32; LANES] {
-        [0.0; LANES]
+    fn codes(unit: &[u8], block: usize) -> [Group; GROUPS] {
+        Self::Codes::get(&unit[Self::Scales::BYTES + block * Self::Codes::BYTES..])
     }
 
     /// A group of a block.
@@ -64,79 +165,27 @@ pub(super) trait Layout: 'static {
     /// # Safety
     /// `unit` is readable, and the machine has AVX-512.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn codes_512(unit: *const u8, block: usize, group: usize) -> __m512i;
-    /// As [`Layout::scales`].
-    ///
-    /// # Safety
-    /// As [`Layout::codes_512`].
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn scales_512(unit: *const u8, block: usize, half: usize) -> __m512;
-    /// As [`Layout::mins`].
-    ///
-    /// # Safety
-    /// As [`Layout::codes_512`].
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn mins_512(unit: *const u8, block: usize) -> __m512;
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn codes_512(unit: *const u8, block: usize, group: usize) -> __m512i {
+        // SAFETY: inside the unit.
+        unsafe { Self::Codes::get_512(unit.add(Self::Scales::BYTES + block * Self::Codes::BYTES), group) }
+    }
 
-    /// The codes of groups `group` and `group + 4`, of columns 0..8 or 8..16; signed if `WIDTH` says so.
+    /// Groups `group` and `group + 4` of a block, of columns 0..8 or 8..16; signed if `WIDTH` says so.
     ///
     /// # Safety
     /// `unit` is readable, and the machine has AVX2.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn codes_256(unit: *const u8, block: usize, group: usize, side: usize) -> [__m256i; 2];
-    /// As [`Layout::scales`], of columns 0..8 or 8..16.
-    ///
-    /// # Safety
-    /// As [`Layout::codes_256`].
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn scales_256(unit: *const u8, block: usize, half: usize, side: usize) -> __m256;
-    /// As [`Layout::mins`], of columns 0..8 or 8..16.
-    ///
-    /// # Safety
-    /// As [`Layout::codes_256`].
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn mins_256(unit: *const u8, block: usize, side: usize) -> __m256;
-}
-
-/// Writes one column's 32 codes, a byte each, into a block's 512 bytes.
-pub(super) fn put_bytes(codes: &[u8; BLOCK], column: usize, block: &mut [u8]) {
-    for (group, codes) in codes.chunks_exact(4).enumerate() {
-        block[group * 64 + column * 4..][..4].copy_from_slice(codes);
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn codes_256(unit: *const u8, block: usize, group: usize, side: usize) -> [__m256i; 2] {
+        // SAFETY: inside the unit.
+        unsafe { Self::Codes::get_256(unit.add(Self::Scales::BYTES + block * Self::Codes::BYTES), group, side) }
     }
 }
 
-/// Writes one column's 32 codes of four bits into a block's 256 bytes: group `g` in the low halves of the bytes of
-/// group `g + 4`.
-pub(super) fn put_nibbles(codes: &[u8; BLOCK], column: usize, block: &mut [u8]) {
-    let (low, high) = codes.split_at(BLOCK / 2);
-    for (group, (low, high)) in low.chunks_exact(4).zip(high.chunks_exact(4)).enumerate() {
-        for (byte, (low, high)) in block[group * 64 + column * 4..][..4].iter_mut().zip(low.iter().zip(high)) {
-            *byte = low & 15 | high << 4;
-        }
-    }
-}
-
-/// The groups that [`put_nibbles`] wrote.
-pub(super) fn nibbles(block: &[u8]) -> [Group; GROUPS] {
-    std::array::from_fn(|group| {
-        std::array::from_fn(|byte| {
-            let pair = block[group % 4 * 64 + byte];
-            if group < 4 { pair & 15 } else { pair >> 4 }
-        })
-    })
-}
-
-/// A column's f16 of a row of sixteen.
-pub(super) fn put_half(bytes: [u8; 2], column: usize, row: &mut [u8]) {
-    row[2 * column..][..2].copy_from_slice(&bytes);
-}
-
-/// Sixteen f16.
-pub(super) fn halves(row: &[u8]) -> [f32; LANES] {
-    std::array::from_fn(|column| half::f16::from_le_bytes([row[2 * column], row[2 * column + 1]]).to_f32())
-}
-
-/// Instructions that several formats unpack with.
+/// Instructions that all formats use.
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
     use std::arch::x86_64::*;
@@ -155,78 +204,5 @@ pub(super) mod x86 {
         for line in block * lines..(block + 1) * lines {
             _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line * 64).cast());
         }
-    }
-
-    /// A group that [`super::put_nibbles`] wrote.
-    ///
-    /// # Safety
-    /// 256 bytes are readable at `block`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    pub(in super::super) unsafe fn nibbles_512(block: *const u8, group: usize) -> __m512i {
-        // SAFETY: the caller's promise.
-        let pairs = unsafe { _mm512_loadu_si512(block.add(group % 4 * 64).cast()) };
-        _mm512_and_si512(if group < 4 { pairs } else { _mm512_srli_epi16::<4>(pairs) }, _mm512_set1_epi8(15))
-    }
-
-    /// Groups `group` and `group + 4` of eight columns.
-    ///
-    /// # Safety
-    /// 256 bytes are readable at `block`.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    pub(in super::super) unsafe fn nibbles_256(block: *const u8, group: usize, side: usize) -> [__m256i; 2] {
-        let mask = _mm256_set1_epi8(15);
-        // SAFETY: the caller's promise.
-        let pairs = unsafe { _mm256_loadu_si256(block.add(group * 64 + side * 32).cast()) };
-        [_mm256_and_si256(pairs, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), mask)]
-    }
-
-    /// Sixteen f16 at `row`.
-    ///
-    /// # Safety
-    /// 32 bytes are readable at `row`.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    pub(in super::super) unsafe fn halves_512(row: *const u8) -> __m512 {
-        // SAFETY: the caller's promise.
-        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(row.cast()) })
-    }
-
-    /// Eight of sixteen f16 at `row`.
-    ///
-    /// # Safety
-    /// 32 bytes are readable at `row`.
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    pub(in super::super) unsafe fn halves_256(row: *const u8, side: usize) -> __m256 {
-        // SAFETY: the caller's promise.
-        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(row.add(side * 16).cast()) })
-    }
-
-    /// Sixteen bytes, unsigned.
-    ///
-    /// # Safety
-    /// 16 bytes are readable at `row`.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    pub(in super::super) unsafe fn bytes_512<const SIGNED: bool>(row: *const u8) -> __m512 {
-        // SAFETY: the caller's promise.
-        let bytes = unsafe { _mm_loadu_si128(row.cast()) };
-        let words = if SIGNED { _mm512_cvtepi8_epi32(bytes) } else { _mm512_cvtepu8_epi32(bytes) };
-        _mm512_cvtepi32_ps(words)
-    }
-
-    /// Eight of sixteen bytes.
-    ///
-    /// # Safety
-    /// 16 bytes are readable at `row`.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    pub(in super::super) unsafe fn bytes_256<const SIGNED: bool>(row: *const u8, side: usize) -> __m256 {
-        // SAFETY: the caller's promise.
-        let bytes = unsafe { _mm_loadl_epi64(row.add(side * 8).cast()) };
-        let words = if SIGNED { _mm256_cvtepi8_epi32(bytes) } else { _mm256_cvtepu8_epi32(bytes) };
-        _mm256_cvtepi32_ps(words)
     }
 }

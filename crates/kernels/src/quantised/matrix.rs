@@ -3,11 +3,8 @@
 use std::fmt;
 
 use super::driver::Kernel;
-use super::layout::{BLOCK, LANES, Layout};
-use super::q4::{Float, Linear, NonLinear, Q4};
-use super::q4_k::Q4K;
-use super::q6_k::Q6K;
-use super::q8::Q8;
+use super::layout::{BLOCK, LANES, Layout, Scales};
+use super::published::{Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4K, Q5K, Q6K, Q40, Q41, Q50, Q51, Q80};
 use crate::formats::Format;
 use crate::isa::Isa;
 use crate::memory::{Buffer, SharedBytes};
@@ -17,12 +14,19 @@ use crate::parallel::{self, DisjointMut};
 macro_rules! with_layout {
     ($format:expr, $function:ident($($argument:expr),*)) => {
         match $format {
-            Format::Q8_0 => $function::<Q8>($($argument),*),
-            Format::Q4_0 => $function::<Q4<Linear>>($($argument),*),
-            Format::IQ4_NL => $function::<Q4<NonLinear>>($($argument),*),
-            Format::MXFP4 => $function::<Q4<Float>>($($argument),*),
+            Format::Q8_0 => $function::<Q80>($($argument),*),
+            Format::Q4_0 => $function::<Q40>($($argument),*),
+            Format::Q4_1 => $function::<Q41>($($argument),*),
+            Format::Q5_0 => $function::<Q50>($($argument),*),
+            Format::Q5_1 => $function::<Q51>($($argument),*),
+            Format::Q2_K => $function::<Q2K>($($argument),*),
+            Format::Q3_K => $function::<Q3K>($($argument),*),
             Format::Q4_K => $function::<Q4K>($($argument),*),
+            Format::Q5_K => $function::<Q5K>($($argument),*),
             Format::Q6_K => $function::<Q6K>($($argument),*),
+            Format::IQ4_NL => $function::<Iq4Nl>($($argument),*),
+            Format::IQ4_XS => $function::<Iq4Xs>($($argument),*),
+            Format::MXFP4 => $function::<Mxfp4>($($argument),*),
             other => unreachable!("no matrix is packed in {}", other.name()),
         }
     };
@@ -42,15 +46,29 @@ fn facts<L: Layout>() -> Facts {
         unit_blocks: L::UNIT_BLOCKS,
         unit_bytes: L::UNIT_BYTES,
         source_bytes: L::SOURCE_BYTES,
-        bias: L::BIAS,
+        bias: L::START_BIAS,
         halves: L::HALVES,
     }
 }
 
-/// The formats that the kernels multiply with as they are: packing only moves their bits. Packed, a weight takes 4.5 bits
-/// in Q4_0, IQ4_NL and MXFP4, 4.625 in Q4_K, 6.625 in Q6_K, 8.5 in Q8_0.
-pub const PACKED_FORMATS: [Format; 6] =
-    [Format::Q8_0, Format::Q4_0, Format::IQ4_NL, Format::MXFP4, Format::Q4_K, Format::Q6_K];
+/// The formats that the kernels multiply with as they are, every block format there is: packing only moves their bits.
+/// Packed, a weight takes 2.625 bits in Q2_K, 3.625 in Q3_K, 4.375 in IQ4_XS, 4.5 in Q4_0, IQ4_NL and MXFP4, 4.625 in Q4_K,
+/// 5 in Q4_1, 5.5 in Q5_0, 5.625 in Q5_K, 6 in Q5_1, 6.625 in Q6_K, 8.5 in Q8_0.
+pub const PACKED_FORMATS: [Format; 13] = [
+    Format::Q8_0,
+    Format::Q4_0,
+    Format::Q4_1,
+    Format::Q5_0,
+    Format::Q5_1,
+    Format::Q2_K,
+    Format::Q3_K,
+    Format::Q4_K,
+    Format::Q5_K,
+    Format::Q6_K,
+    Format::IQ4_NL,
+    Format::IQ4_XS,
+    Format::MXFP4,
+];
 
 /// Bytes of a matrix `[n, k]` packed in a format; none if there are no kernels for the format, if its blocks do not
 /// divide `k`, or if the bytes are too many to count.
@@ -161,7 +179,7 @@ impl QuantisedMatrix {
         with_layout!(self.format, kernel())
     }
 
-    /// What the activations need to know: the codes' bias, and whether each half of a block has its own scale.
+    /// What the activations need to know: the bias of their records' starts, and whether each half of a block has its own.
     pub(super) fn bias(&self) -> (i32, bool) {
         let facts = facts_of(self.format);
         (facts.bias, facts.halves)
@@ -196,11 +214,11 @@ impl QuantisedMatrix {
             for (index, out) in out.chunks_exact_mut(BLOCK).enumerate() {
                 let (unit, block) = (&panel[index / L::UNIT_BLOCKS * L::UNIT_BYTES..], index % L::UNIT_BLOCKS);
                 let codes = L::codes(unit, block);
-                let scales = [0, usize::from(L::HALVES)].map(|half| L::scales(unit, block, half)[column]);
-                let min = L::mins(unit, block)[column];
+                let scales = [0, usize::from(L::HALVES)].map(|half| L::Scales::scales(unit, block, half)[column]);
+                let mins = [0, usize::from(L::HALVES)].map(|half| L::Scales::mins(unit, block, half)[column]);
                 for (k, out) in out.iter_mut().enumerate() {
                     let code = i32::from(codes[k / 4][column * 4 + k % 4]) - L::BIAS;
-                    *out = scales[k / (BLOCK / 2)] * code as f32 - min;
+                    *out = scales[k / (BLOCK / 2)] * code as f32 - mins[k / (BLOCK / 2)];
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Products with weights in block formats: 4 to 8 bits a weight, a scale for each 16 or 32.
+//! Products with weights in block formats: 2 to 8 bits a weight, a scale for each 16 or 32.
 //!
 //! `y = x Wᵀ` takes each row of x in blocks of 32 along K, quantised to signed bytes with one f32 scale a block. The
 //! products of a block's codes are added as integers, which is exact; then, block after block in the order of K,
@@ -15,14 +15,13 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod codes;
 mod driver;
 mod layout;
 mod matrix;
 mod portable;
-mod q4;
-mod q4_k;
-mod q6_k;
-mod q8;
+mod published;
+mod scales;
 #[cfg(test)]
 mod tests;
 

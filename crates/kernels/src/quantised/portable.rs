@@ -2,7 +2,7 @@
 
 use super::activations::Record;
 use super::driver::Tile;
-use super::layout::{BLOCK, LANES, Layout};
+use super::layout::{BLOCK, LANES, Layout, Scales};
 
 /// Rows that one call takes at most.
 pub(super) const ROWS: usize = 8;
@@ -18,8 +18,8 @@ pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
     for (index, unit) in panel.chunks_exact(L::UNIT_BYTES).enumerate() {
         for block in 0..L::UNIT_BLOCKS {
             let codes = L::codes(unit, block);
-            let scales = [L::scales(unit, block, 0), L::scales(unit, block, usize::from(L::HALVES))];
-            let mins = L::mins(unit, block);
+            let scales = [0, L::PARTS - 1].map(|half| L::Scales::scales(unit, block, half));
+            let mins = [0, L::PARTS - 1].map(|half| L::Scales::mins(unit, block, half));
             for (&row, sums) in tile.rows.iter().zip(&mut sums) {
                 // SAFETY: `Tile` says that the rows have these records.
                 let record: &Record = unsafe { &*row.add(index * L::UNIT_BLOCKS + block) };
@@ -30,15 +30,15 @@ pub(super) unsafe fn multiply<L: Layout>(tile: &Tile) {
                         *product += i32::from(codes[k / 4][column * 4 + k % 4]) * i32::from(record.codes[k]);
                     }
                 }
-                for half in 0..1 + usize::from(L::HALVES) {
+                for half in 0..L::PARTS {
+                    let start = if L::AFFINE_HALVES { 0 } else { record.start[half] };
                     for (column, sum) in sums.iter_mut().enumerate() {
-                        let product = (products[half][column] + record.start[half]) as f32;
+                        let product = (products[half][column] + start) as f32;
                         *sum = product.mul_add(scales[half][column] * record.scale, *sum);
                     }
-                }
-                if L::AFFINE {
-                    for (sum, min) in sums.iter_mut().zip(mins) {
-                        *sum = (-min).mul_add(record.sum, *sum);
+                    if L::AFFINE {
+                        let part = record.part::<L>(half);
+                        sums.iter_mut().zip(mins[half]).for_each(|(sum, min)| *sum = (-min).mul_add(part, *sum));
                     }
                 }
             }

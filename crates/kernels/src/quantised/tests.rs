@@ -10,13 +10,15 @@ use crate::testing::{bits, numbers};
 fn random_blocks(format: Format, seed: u64, blocks: usize) -> Vec<u8> {
     let (bytes, noise) = (format.block_bytes(), numbers(seed, blocks * format.block_bytes()));
     let mut source: Vec<u8> = noise.iter().map(|noise| ((noise + 1.0) * 127.99) as u8).collect();
+    let half = |value: f32| half::f16::from_f32(value).to_le_bytes();
     for (block, noise) in source.chunks_exact_mut(bytes).zip(noise.chunks_exact(bytes)) {
-        let scale = half::f16::from_f32(noise[0] * 0.1).to_le_bytes();
+        let (scale, min) = (half(noise[0] * 0.1), half(noise[1] * 0.05));
         match format {
             Format::MXFP4 => block[0] = 118 + (noise[0].abs() * 8.0) as u8,
-            Format::Q4_K => {
-                block[..2].copy_from_slice(&scale);
-                block[2..4].copy_from_slice(&half::f16::from_f32(noise[1] * 0.05).to_le_bytes());
+            Format::Q2_K => block[80..].copy_from_slice(&[scale, min].concat()),
+            Format::Q3_K => block[108..].copy_from_slice(&scale),
+            Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => {
+                block[..4].copy_from_slice(&[scale, min].concat());
             }
             Format::Q6_K => block[208..].copy_from_slice(&scale),
             _ => block[..2].copy_from_slice(&scale),
@@ -123,7 +125,7 @@ fn gives_the_bits_of_plain_loops(kernel: impl Fn(&QuantisedMatrix) -> Kernel) {
 
 #[test]
 fn a_k_that_ends_inside_a_unit_is_fine() {
-    for format in [Format::Q8_0, Format::Q4_0, Format::IQ4_NL, Format::MXFP4] {
+    for format in PACKED_FORMATS.into_iter().filter(|format| format.block_len() == 32) {
         assert_nearly_exact(&matrix(format, 5, 20, 96), &numbers(6, 3 * 96));
     }
 }
