@@ -1,15 +1,16 @@
-"""Loss curves from the same weights and the same tokens: Moebius in f32 and in bf16, PyTorch in f32.
+"""Loss curves from the same weights and the same tokens: Moebius in f32 and in bf16, and PyTorch.
 
     pip install -r bench/requirements.txt
     cargo build --release && cargo build --release -p moebius-train --example beginning
-    python bench/curves_vs_pytorch.py [--steps 200] [--rate 5e-4] [--out FILE.json]
+    python bench/curves_vs_pytorch.py [--steps 200] [--rate 5e-4] [--autocast] [--out FILE.json]
 
 The model is recipes/small.toml, 4096 tokens a step, with a lower learning rate: at the recipe's own, runs that differ in
 the last bit are 0.1 nats apart at single steps after forty, whoever computes them. `beginning` writes the first weights and the tokens of every step;
 PyTorch (transformers' Mixtral, f32) takes the same steps: AdamW with the recipe's constants and our learning rates, decay on
-the same weights, the same clipping, the balance loss of each layer averaged over layers, and the z-loss. Printed: the
-cross-entropy of the steps, and the largest and the mean difference between the curves. Exit status 0 only if the mean over
-each 20 steps differs by at most 0.01 nats.
+the same weights, the same clipping, the balance loss of each layer averaged over layers, and the z-loss. --autocast adds
+PyTorch's own bf16, to see what rounding costs there. Printed: the cross-entropy of the steps, and the largest and the mean
+difference between the curves, bf16 to its own side's f32. Exit status 0 only if the mean over each 20 steps of ours, and of
+PyTorch's f32, differs by at most 0.01 nats.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def moebius(folder, precision, steps, rate):
     return [line for line in lines if line["kind"] == "step"]
 
 
-def pytorch(folder, rates):
+def pytorch(folder, rates, autocast):
     import numpy
     import torch
     from torch.nn.functional import cross_entropy
@@ -65,8 +66,9 @@ def pytorch(folder, rates):
     for batch, rate in zip(tokens, rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        out = model(batch[:, :-1], output_router_logits=True)
-        loss = cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = model(batch[:, :-1], output_router_logits=True)
+        loss = cross_entropy(out.logits.float().flatten(0, 1), batch[:, 1:].flatten())
         layers = [logits.float() for logits in out.router_logits]
         balance = sum(load_balancing_loss_func((logits,), experts, top_k) for logits in layers) / len(layers)
         z = sum(logits.logsumexp(-1).square().mean() for logits in layers) / len(layers)
@@ -82,24 +84,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=5e-4, help="highest learning rate")
+    parser.add_argument("--autocast", action="store_true", help="PyTorch in bf16 too")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         runs = {precision: moebius(folder, precision, options.steps, options.rate) for precision in ("f32", "bf16")}
         curves = {f"moebius {precision}": [step["loss"] for step in run] for precision, run in runs.items()}
-        curves["pytorch f32"] = pytorch(folder, [step["learning_rate"] for step in runs["f32"]])
+        rates = [step["learning_rate"] for step in runs["f32"]]
+        curves["pytorch f32"] = pytorch(folder, rates, False)
+        if options.autocast:
+            curves["pytorch bf16"] = pytorch(folder, rates, True)
     names = list(curves)
     print(f"{'step':>6}" + "".join(f"{name:>15}" for name in names))
     for step in sorted({1, *range(WINDOW, options.steps + 1, WINDOW)}):
         print(f"{step:6}" + "".join(f"{curves[name][step - 1]:15.4f}" for name in names))
     worst = 0.0
-    for name in names[1:]:
-        differences = [a - b for a, b in zip(curves[name], curves[names[0]])]
+    for name, other in [(names[1], names[0]), (names[2], names[0]), (names[-1], names[2])][:len(names) - 1]:
+        differences = [a - b for a, b in zip(curves[name], curves[other])]
         windows = [statistics.mean(differences[at:at + WINDOW]) for at in range(0, len(differences), WINDOW)]
         largest = max(windows, key=abs)
-        worst = max(worst, abs(largest))
-        print(f"{name} less {names[0]}: mean {statistics.mean(differences):+.5f}, one step at most "
+        worst = worst if name == "pytorch bf16" else max(worst, abs(largest))
+        print(f"{name} less {other}: mean {statistics.mean(differences):+.5f}, one step at most "
               f"{max(differences, key=abs):+.5f}, mean of {WINDOW} steps at most {largest:+.5f}")
     if options.out:
         options.out.write_text(json.dumps(curves) + "\n")
