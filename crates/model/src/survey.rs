@@ -132,7 +132,7 @@ impl Survey {
             return Err(ModelError::file(path.display().to_string(), "no such folder or file"));
         }
         let file = GgufFile::open(path)?;
-        let mut stored = StoredWeights { files: 1, ..StoredWeights::default() };
+        let mut stored = StoredWeights { files: file.n_parts(), ..StoredWeights::default() };
         for tensor in file.tensors() {
             stored.add(tensor.format.name(), tensor.shape.iter().product(), tensor.bytes.len());
         }

@@ -1,13 +1,15 @@
 //! Models through GGUF files and back.
 
+mod common;
+
+use common::{Metadata, Tensors, contents, weights, write_contents};
 use moebius_kernels::formats::Format;
 use moebius_kernels::gemm::Precision;
 use moebius_model::config::{Mixer, Reach};
-use moebius_model::gguf::{self, ExportSettings, GgufFile, ValueToWrite, WeightToWrite, write_gguf, write_model};
+use moebius_model::gguf::{ExportSettings, GgufFile, ValueToWrite, write_model};
 use moebius_model::{Batch, Checkpoint, Ffn, Model, ModelConfig, QkNorm, Silent, UniformDecoder, families};
 use moebius_tensor::Graph;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 fn config(family: &str, ffn: Ffn, tie_embeddings: bool) -> ModelConfig {
@@ -49,10 +51,6 @@ fn export(folder: &Path, model: &Model, format: Format) -> PathBuf {
     let path = folder.join("m.gguf");
     write_model(&path, model, &settings(format)).unwrap();
     path
-}
-
-fn weights(model: &Model) -> Vec<(String, Vec<f32>)> {
-    model.params().iter().map(|param| (param.name().to_string(), param.value().data().to_vec())).collect()
 }
 
 #[test]
@@ -181,43 +179,11 @@ fn are_alike(a: &Model, b: &Model) -> bool {
     logits(a).iter().zip(logits(b)).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + a.abs()))
 }
 
-/// Tensors by their names: shape and numbers.
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
-
 /// Writes a file again in f32, its numbers of metadata and its tensors changed.
-fn rewrite(path: &Path, change: impl FnOnce(&mut BTreeMap<String, ValueToWrite>, &mut Tensors)) {
-    let file = GgufFile::open(path).unwrap();
-    let mut metadata: BTreeMap<String, ValueToWrite> = (file.metadata().keys())
-        .filter_map(|key| {
-            let value = match file.metadata().get(key).unwrap().unwrap() {
-                gguf::Value::Whole(number) => ValueToWrite::U32(number as u32),
-                gguf::Value::F32(number) => ValueToWrite::F32(number),
-                gguf::Value::Flag(flag) => ValueToWrite::Bool(flag),
-                gguf::Value::Text(text) => ValueToWrite::Text(text.into()),
-                _ => return None,
-            };
-            Some((key.to_string(), value))
-        })
-        .collect();
-    let mut tensors: Tensors = (file.tensors())
-        .map(|tensor| {
-            let mut values = vec![0.0; tensor.shape.iter().product()];
-            tensor.read_f32(&mut values);
-            (tensor.name.to_string(), (tensor.shape.to_vec(), values))
-        })
-        .collect();
-    drop(file);
+fn rewrite(path: &Path, change: impl FnOnce(&mut Metadata, &mut Tensors)) {
+    let (mut metadata, mut tensors) = contents(path);
     change(&mut metadata, &mut tensors);
-    let weights: Vec<WeightToWrite> = (tensors.iter())
-        .map(|(name, (shape, values))| {
-            let columns = *shape.last().unwrap();
-            let values: gguf::Values = Box::new(move |rows, out| {
-                out.copy_from_slice(&values[rows.start * columns..rows.end * columns]);
-            });
-            WeightToWrite { name: name.clone(), shape: shape.clone(), format: Format::F32, values }
-        })
-        .collect();
-    write_gguf(path, &metadata.into_iter().collect::<Vec<_>>(), &weights).unwrap();
+    write_contents(path, &metadata, &tensors);
 }
 
 #[test]
@@ -302,19 +268,6 @@ fn positions_that_cannot_be_read_are_named() {
     rewrite(&path, |_, tensors| drop(tensors.insert("rope_freqs.weight".into(), (vec![3], vec![1.0, 0.0, 2.0]))));
     let error = Checkpoint::open(&path).err().unwrap().to_string();
     assert!(error.ends_with("tensor `rope_freqs.weight`: wanted numbers above 0, found 0"), "{error}");
-}
-
-#[test]
-fn a_part_of_a_model_is_no_model() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = Model::new(&config("llama", Ffn::dense(64), false), 1).unwrap();
-    for parts in [1, 3] {
-        let path = export(folder.path(), &model, Format::F16);
-        rewrite(&path, |metadata, _| drop(metadata.insert("split.count".into(), ValueToWrite::U32(parts))));
-        let error = Checkpoint::open(&path).err().map(|error| error.to_string()).unwrap_or_default();
-        let wanted = "`split.count`: wanted a whole model, found one of 3 parts: llama-gguf-split --merge joins them";
-        assert!(if parts == 1 { error.is_empty() } else { error.ends_with(wanted) }, "{parts}: {error}");
-    }
 }
 
 #[test]

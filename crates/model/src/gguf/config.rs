@@ -54,10 +54,6 @@ pub(super) struct Reading<'f> {
 /// Reads the configuration of a file.
 pub(super) fn read_config(file: &GgufFile) -> Result<(ModelConfig, &'static Architecture), ModelError> {
     let metadata = file.metadata();
-    if let Some(parts) = metadata.optional_u32("split.count")?.filter(|&parts| parts > 1) {
-        let message = format!("wanted a whole model, found one of {parts} parts: llama-gguf-split --merge joins them");
-        return Err(metadata.error("split.count", message));
-    }
     let name = metadata.text("general.architecture")?;
     let Some(architecture) = ARCHITECTURES.iter().find(|known| known.name == name) else {
         let known: Vec<&str> = ARCHITECTURES.iter().map(|known| known.name).collect();

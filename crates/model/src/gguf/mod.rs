@@ -12,6 +12,7 @@ mod header;
 mod metadata;
 mod model;
 mod positions;
+mod split;
 mod tensors;
 mod vocabulary;
 mod write;
@@ -55,13 +56,19 @@ const TYPES: [(u32, Format); 16] = [
     (39, Format::MXFP4),
 ];
 
-/// An open file: the checked tables and the bytes.
+/// An open file, or the files that one model was split into: the checked tables and the bytes.
 pub struct GgufFile<'a> {
+    /// One, or all parts in their order. The first says what the metadata are.
+    parts: Vec<Part<'a>>,
+    /// Part and place in its tensors, in the order of names.
+    by_name: Vec<(usize, usize)>,
+}
+
+/// One file.
+struct Part<'a> {
     name: String,
     bytes: Bytes<'a>,
     header: Header,
-    /// Places in the header's tensors, in the order of names.
-    by_name: Vec<usize>,
 }
 
 enum Bytes<'a> {
@@ -85,13 +92,13 @@ pub struct GgufTensor<'f> {
 }
 
 impl GgufFile<'static> {
-    /// Maps a file and checks its tables.
+    /// Maps a file and checks its tables. Of a model that llama.cpp split into several files, any of them stands for all,
+    /// which are found beside it.
     ///
     /// # Errors
-    /// What the system says, or what is wrong with the tables.
+    /// What the system says, or what is wrong with the tables; a part that is missing or that belongs elsewhere.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let mapped = MappedFile::open(path).map_err(ModelError::io(path))?;
-        Self::new(path.display().to_string(), Bytes::Mapped(mapped))
+        Self::of_parts(split::open_all(path)?)
     }
 }
 
@@ -99,38 +106,63 @@ impl<'a> GgufFile<'a> {
     /// Checks bytes in memory; `name` stands in errors.
     ///
     /// # Errors
-    /// What is wrong with the tables.
+    /// What is wrong with the tables; bytes that are one part of several.
     pub fn from_bytes(name: &str, bytes: impl Into<Cow<'a, [u8]>>) -> Result<Self, ModelError> {
-        Self::new(name.into(), Bytes::Borrowed(bytes.into()))
+        let part = Part::new(name.into(), Bytes::Borrowed(bytes.into()))?;
+        split::refuse(&part)?;
+        Self::of_parts(vec![part])
     }
 
-    fn new(name: String, bytes: Bytes<'a>) -> Result<Self, ModelError> {
-        let header = header::read(&name, bytes.get())?;
-        let mut by_name: Vec<usize> = (0..header.tensors.len()).collect();
-        by_name.sort_unstable_by_key(|&place| &header.tensors[place].name);
-        Ok(Self { name, bytes, header, by_name })
+    /// Checks that no tensor stands in two parts.
+    fn of_parts(parts: Vec<Part<'a>>) -> Result<Self, ModelError> {
+        let name = |&(part, place): &(usize, usize)| &parts[part].header.tensors[place].name;
+        let places = |part: usize| (0..parts[part].header.tensors.len()).map(move |place| (part, place));
+        let mut by_name: Vec<(usize, usize)> = (0..parts.len()).flat_map(places).collect();
+        by_name.sort_by_key(name);
+        if let Some(pair) = by_name.windows(2).find(|pair| name(&pair[0]) == name(&pair[1])) {
+            let [first, second] = [pair[0], pair[1]].map(|(part, _)| &parts[part].name);
+            return Err(ModelError::tensor(second, name(&pair[1]), format!("stands in {first} too")));
+        }
+        Ok(Self { parts, by_name })
     }
 
-    /// The file's name, for errors.
+    /// The file's name, or that of the first part, for errors.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.parts[0].name
+    }
+
+    /// How many files there are.
+    pub fn n_parts(&self) -> usize {
+        self.parts.len()
     }
 
     /// What the file says about itself.
     pub fn metadata(&self) -> Metadata<'_> {
-        Metadata::new(&self.name, self.bytes.get(), &self.header.fields)
+        self.parts[0].metadata()
     }
 
     /// All tensors, in the order of their bytes.
     pub fn tensors(&self) -> impl Iterator<Item = GgufTensor<'_>> {
-        self.header.tensors.iter().map(|entry| self.view(entry))
+        self.parts.iter().flat_map(|part| part.header.tensors.iter().map(|entry| part.view(entry)))
     }
 
     /// A tensor by name.
     pub fn get(&self, name: &str) -> Option<GgufTensor<'_>> {
-        let tensors = &self.header.tensors;
-        let place = self.by_name.binary_search_by_key(&name, |&place| &tensors[place].name).ok()?;
-        Some(self.view(&tensors[self.by_name[place]]))
+        let entry = |&(part, place): &(usize, usize)| &self.parts[part].header.tensors[place];
+        let found = self.by_name.binary_search_by_key(&name, |place| &entry(place).name).ok()?;
+        let place = &self.by_name[found];
+        Some(self.parts[place.0].view(entry(place)))
+    }
+}
+
+impl<'a> Part<'a> {
+    fn new(name: String, bytes: Bytes<'a>) -> Result<Self, ModelError> {
+        let header = header::read(&name, bytes.get())?;
+        Ok(Self { name, bytes, header })
+    }
+
+    fn metadata(&self) -> Metadata<'_> {
+        Metadata::new(&self.name, self.bytes.get(), &self.header.fields)
     }
 
     fn view<'f>(&'f self, entry: &'f Entry) -> GgufTensor<'f> {
