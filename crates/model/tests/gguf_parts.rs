@@ -1,11 +1,11 @@
-//! Models whose tensors are spread otherwise than they are written: over several files.
+//! Models whose tensors are spread otherwise than they are written: over several files, an expert at a time.
 
 mod common;
 
 use common::{Metadata, Tensors, contents, weights, write_contents};
 use moebius_kernels::formats::Format;
 use moebius_model::gguf::{ExportSettings, GgufFile, ValueToWrite, write_model};
-use moebius_model::{Checkpoint, Ffn, Model, Survey, UniformDecoder};
+use moebius_model::{Checkpoint, Ffn, Model, RunFormat, Survey, UniformDecoder};
 use std::path::{Path, PathBuf};
 
 const PARTS: usize = 3;
@@ -137,4 +137,35 @@ fn parts_are_found_by_their_names() {
     write_contents(&path, &metadata, &tensors);
     let found = error(&path);
     assert!(found.contains("m-00002-of-4294967295.gguf: no such file"), "{found}");
+}
+
+#[test]
+fn experts_may_be_tensors_of_their_own() {
+    let (folder, model) = (tempfile::tempdir().unwrap(), mixtral());
+    let path = folder.path().join("m.gguf");
+    let (metadata, mut tensors) = export(&path, &model);
+    for layer in 0..model.config.n_layers() {
+        for kind in ["gate", "up", "down"] {
+            let (shape, values) = tensors.remove(&format!("blk.{layer}.ffn_{kind}_exps.weight")).unwrap();
+            for (expert, values) in values.chunks(shape[1] * shape[2]).enumerate() {
+                let name = format!("blk.{layer}.ffn_{kind}.{expert}.weight");
+                tensors.insert(name, (shape[1..].to_vec(), values.to_vec()));
+            }
+        }
+    }
+    write_contents(&path, &metadata, &tensors);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(weights(&Model::load(&checkpoint).unwrap()), weights(&model));
+    assert!(Model::load_to_run(&checkpoint, RunFormat::Block(Format::Q8_0), &mut |_| ()).is_ok());
+    drop(checkpoint);
+
+    let last = tensors.remove("blk.1.ffn_up.2.weight").unwrap();
+    write_contents(&path, &metadata, &tensors);
+    let found = Model::load(&Checkpoint::open(&path).unwrap()).err().unwrap().to_string();
+    assert!(found.ends_with("tensor `blk.1.ffn_up.2.weight`: missing; wanted shape [32, 64]"), "{found}");
+    tensors.insert("blk.1.ffn_up.2.weight".into(), last.clone());
+    tensors.insert("blk.1.ffn_up.3.weight".into(), last);
+    write_contents(&path, &metadata, &tensors);
+    let found = Model::load(&Checkpoint::open(&path).unwrap()).err().unwrap().to_string();
+    assert!(found.ends_with("tensor `blk.1.ffn_up.3.weight`: the mixtral configuration has no such tensor"), "{found}");
 }

@@ -15,6 +15,8 @@ pub(super) struct Layout {
     split_latent: bool,
     /// Whether gate and up of all experts are one tensor.
     gate_up: bool,
+    /// Whether each expert's matrices are tensors of their own, as in files of early 2024.
+    experts_apart: bool,
 }
 
 impl Layout {
@@ -25,12 +27,17 @@ impl Layout {
             let ending = format!(".{part}.weight");
             file.tensors().any(|tensor| tensor.name.starts_with("blk.") && tensor.name.ends_with(&ending))
         };
-        Self { joined: has("attn_qkv"), split_latent: has("attn_k_b"), gate_up: has("ffn_gate_up_exps") }
+        Self {
+            joined: has("attn_qkv"),
+            split_latent: has("attn_k_b"),
+            gate_up: has("ffn_gate_up_exps"),
+            experts_apart: has("ffn_gate.0"),
+        }
     }
 
     /// The one that is written.
     pub(super) fn written(architecture: &Architecture) -> Self {
-        Self { joined: architecture.joined, split_latent: true, gate_up: false }
+        Self { joined: architecture.joined, split_latent: true, gate_up: false, experts_apart: false }
     }
 }
 
@@ -205,6 +212,42 @@ impl Naming<'_> {
         if moe.router.selection_bias {
             all.push(vector(&format!("{theirs}.exp_probs_b.bias"), &format!("{ours}.selection_bias"), n_experts));
         }
+        all.extend(match self.layout.experts_apart {
+            true => (0..n_experts).flat_map(|expert| self.expert(expert, width, theirs, ours)).collect(),
+            false => self.bank(moe, theirs, ours),
+        });
+        if let Some(shared) = moe.shared {
+            let ours = format!("{ours}.shared");
+            all.extend(self.network(shared.width, theirs, "_shexp", &ours));
+            if shared.gated {
+                let gate = format!("{theirs}.ffn_gate_inp_shexp.weight");
+                all.push(TensorMap::whole(gate, &[hidden], format!("{ours}.gate"), 0..1));
+            }
+        }
+        all
+    }
+
+    /// The matrices of one expert, each a tensor.
+    fn expert(&self, expert: usize, width: usize, theirs: &str, ours: &str) -> Vec<TensorMap> {
+        let (hidden, gate_up) = (self.hidden, format!("{ours}.gate_up"));
+        let first = 2 * expert * width;
+        let down = TensorMap::whole(
+            format!("{theirs}.ffn_down.{expert}.weight"),
+            &[hidden, width],
+            format!("{ours}.down"),
+            expert * hidden..(expert + 1) * hidden,
+        );
+        vec![
+            part(&format!("{theirs}.ffn_gate.{expert}"), &gate_up, first, width, hidden),
+            part(&format!("{theirs}.ffn_up.{expert}"), &gate_up, first + width, width, hidden),
+            down,
+        ]
+    }
+
+    /// The matrices of all experts, one tensor of each kind.
+    fn bank(&self, moe: &MoeFfn, theirs: &str, ours: &str) -> Vec<TensorMap> {
+        let (hidden, MoeFfn { n_experts, width, .. }) = (self.hidden, *moe);
+        let mut all = Vec::new();
         let (gate_up, down) = (format!("{ours}.gate_up"), format!("{ours}.down"));
         if self.layout.gate_up {
             let shape = [n_experts, 2 * width, hidden];
@@ -234,14 +277,6 @@ impl Naming<'_> {
         if moe.bias {
             let name = format!("{theirs}.ffn_down_exps.bias");
             all.push(TensorMap::whole(name, &[n_experts, hidden], format!("{down}_bias"), 0..n_experts));
-        }
-        if let Some(shared) = moe.shared {
-            let ours = format!("{ours}.shared");
-            all.extend(self.network(shared.width, theirs, "_shexp", &ours));
-            if shared.gated {
-                let gate = format!("{theirs}.ffn_gate_inp_shexp.weight");
-                all.push(TensorMap::whole(gate, &[hidden], format!("{ours}.gate"), 0..1));
-            }
         }
         all
     }
