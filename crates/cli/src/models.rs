@@ -7,7 +7,7 @@ use moebius_engine::{ChatTemplate, GenerationDefaults, Tokenizer, gguf};
 use moebius_model::gguf::GgufFile;
 use moebius_model::{Checkpoint, Model, RunFormat, Survey, packed};
 
-use crate::output::{self, LoadBar};
+use crate::output::{self, WeightsBar};
 
 /// The files of the shipped model, in Hugging Face's layout.
 mod shipped {
@@ -66,7 +66,7 @@ impl Source {
             return Ok(Model::open_packed(folder)?);
         }
         let checkpoint = self.checkpoint()?;
-        let (mut bar, format) = (LoadBar::new(), asked.unwrap_or(or));
+        let (mut bar, format) = (WeightsBar::new("packing weights"), asked.unwrap_or(or));
         Ok(Model::load_to_run(&checkpoint, format, &mut |progress| bar.show(progress))?)
     }
 

@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
 use moebius_model::LoadProgress;
 
 /// Writes to standard output at once, so that text streams.
@@ -20,33 +21,51 @@ pub fn note(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
-/// A bar on standard error while a model's weights are packed, if that takes longer than a moment.
-pub struct LoadBar {
-    bar: Option<indicatif::ProgressBar>,
+/// How far something with a model's weights is, on standard error, if it takes longer than a moment: a bar on a terminal,
+/// now and then a line elsewhere.
+pub struct WeightsBar {
+    what: &'static str,
+    bar: Option<ProgressBar>,
+    live: bool,
     started: Instant,
+    last_line: Instant,
 }
 
-impl LoadBar {
-    /// Nothing is shown yet.
-    pub fn new() -> Self {
-        Self { bar: None, started: Instant::now() }
+impl WeightsBar {
+    /// Nothing is shown yet; `what` is done to the weights.
+    pub fn new(what: &'static str) -> Self {
+        let started = Instant::now();
+        Self { what, bar: None, live: std::io::stderr().is_terminal(), started, last_line: started }
     }
 
-    /// Shows how far the loading is.
+    /// Shows how far it is.
     pub fn show(&mut self, progress: LoadProgress) {
         const MOMENT: Duration = Duration::from_millis(800);
+        const BETWEEN_LINES: Duration = Duration::from_secs(10);
+        let LoadProgress { done, total } = progress;
+        if !self.live {
+            if self.last_line.elapsed() >= BETWEEN_LINES {
+                self.last_line = Instant::now();
+                note(&self.line(progress));
+            }
+            return;
+        }
         if self.bar.is_none() && self.started.elapsed() > MOMENT {
-            let style = indicatif::ProgressStyle::with_template("packing weights {wide_bar} {percent} %, {eta} left");
-            let bar = indicatif::ProgressBar::new(progress.total as u64);
-            self.bar = Some(bar.with_style(style.expect("a template that is always the same")));
+            let style = ProgressStyle::with_template("{msg} {wide_bar} {percent} %, {eta} left");
+            let style = style.expect("a template that is always the same");
+            self.bar = Some(ProgressBar::new(total as u64).with_style(style).with_message(self.what));
         }
         if let Some(bar) = &self.bar {
-            bar.set_position(progress.done as u64);
+            bar.set_position(done as u64);
         }
+    }
+
+    fn line(&self, LoadProgress { done, total }: LoadProgress) -> String {
+        format!("{}: {:.0} %", self.what, 100.0 * done as f64 / total.max(1) as f64)
     }
 }
 
-impl Drop for LoadBar {
+impl Drop for WeightsBar {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -122,6 +141,13 @@ mod tests {
         let shown: Vec<String> =
             [0, 812, 9999, 12_345, 1_236_000, 46_700_000_000, 1_026_400_000_000].into_iter().map(count).collect();
         assert_eq!(shown, ["0", "812", "9999", "12.3 k", "1.24 M", "46.7 B", "1.03 T"]);
+    }
+
+    #[test]
+    fn progress_has_a_line() {
+        let bar = WeightsBar::new("writing weights");
+        let lines = [(0, 0), (1, 3), (9, 9)].map(|(done, total)| bar.line(LoadProgress { done, total }));
+        assert_eq!(lines, ["writing weights: 0 %", "writing weights: 33 %", "writing weights: 100 %"]);
     }
 
     #[test]

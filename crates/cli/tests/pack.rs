@@ -74,7 +74,7 @@ mod sharing {
             ..UniformDecoder::default()
         };
         let model = Model::random_for_speed(&decoder.config(), 1, RunFormat::F32).unwrap();
-        save_packed(folder, &model).unwrap();
+        save_packed(folder, &model, &mut |_| ()).unwrap();
         let tiny = write_model(&folder.join("tiny"));
         for name in ["tokenizer.json", "generation_config.json"] {
             std::fs::rename(tiny.join(name), folder.join(name)).unwrap();

@@ -7,8 +7,8 @@
 use crate::families;
 use crate::files::Staged;
 use crate::running::is_matrix;
-use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, stage_safetensors};
-use crate::{Model, ModelConfig, ModelError};
+use crate::safetensors::{Dtype, SafetensorsFile, TensorData, TensorToWrite, stage_safetensors_with};
+use crate::{LoadProgress, Model, ModelConfig, ModelError};
 use moebius_kernels::formats::Format;
 use moebius_kernels::gemm::{Packed, Precision};
 use moebius_kernels::memory::SharedBytes;
@@ -70,14 +70,15 @@ fn experts_of(param: &str) -> Option<String> {
     matches!(last, "gate_up" | "down").then(|| format!("{layer}.experts"))
 }
 
-/// Writes a model that was loaded to run into `folder`, which is made if need be; `packed.json` comes last.
+/// Writes a model that was loaded to run into `folder`, which is made if need be; `packed.json` comes last. `progress`
+/// hears of the weights' bytes as they are written.
 ///
 /// # Errors
 /// What the system says; what stood in the folder still does then.
-pub fn save_packed(folder: &Path, model: &Model) -> Result<(), ModelError> {
+pub fn save_packed(folder: &Path, model: &Model, progress: &mut dyn FnMut(LoadProgress)) -> Result<(), ModelError> {
     let is_new = !folder.exists();
     std::fs::create_dir_all(folder).map_err(ModelError::io(folder))?;
-    let staged = stage(folder, model).inspect_err(|_| {
+    let staged = stage(folder, model, progress).inspect_err(|_| {
         if is_new {
             // Empty, for what was staged is gone; should that fail, an empty folder harms nobody.
             let _ = std::fs::remove_dir(folder);
@@ -86,7 +87,7 @@ pub fn save_packed(folder: &Path, model: &Model) -> Result<(), ModelError> {
     staged.into_iter().try_for_each(Staged::publish)
 }
 
-fn stage(folder: &Path, model: &Model) -> Result<[Staged; 3], ModelError> {
+fn stage(folder: &Path, model: &Model, progress: &mut dyn FnMut(LoadProgress)) -> Result<[Staged; 3], ModelError> {
     static ZEROS: [u8; PAGE] = [0; PAGE];
     let mut formats = BTreeMap::new();
     // By tensor: rows of pieces. Names of layers sort as text, which is as good as any other order.
@@ -120,7 +121,7 @@ fn stage(folder: &Path, model: &Model) -> Result<[Staged; 3], ModelError> {
         TensorToWrite { name, shape, data: TensorData::Bytes(pieces) }
     });
     let tensors: Vec<TensorToWrite> = experts.chain(others).chain(plain).collect();
-    let weights = stage_safetensors(&folder.join(WEIGHTS), &tensors, PAGE)?;
+    let weights = stage_safetensors_with(&folder.join(WEIGHTS), &tensors, PAGE, progress)?;
     let json = |name: &str, value: &serde_json::Value| {
         let mut text = serde_json::to_vec_pretty(value).expect("a value of texts and numbers");
         text.push(b'\n');

@@ -139,12 +139,12 @@ const MATRICES: [&str; 20] = [
     "v_up",
 ];
 
-/// What of a model is packed already, told while it is loaded.
+/// What of a model is packed already, told while it is loaded, or what of it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadProgress {
-    /// Weights packed.
+    /// Weights packed, or bytes written.
     pub done: usize,
-    /// Weights there are.
+    /// Weights or bytes there are.
     pub total: usize,
 }
 

@@ -107,7 +107,7 @@ fn experts_of_every_family_run_in_blocks_and_from_packed_folders() {
             let error = median_error(&found, &exact, config.vocab_size);
             assert!(error < tolerance, "{family} in {}: {error}", format.name());
             let packed = folder.path().join(format.name());
-            save_packed(&packed, &in_memory).unwrap();
+            save_packed(&packed, &in_memory, &mut |_| ()).unwrap();
             assert!(logits(&Model::open_packed(&packed).unwrap()) == found, "{family} in {}", format.name());
         }
     }

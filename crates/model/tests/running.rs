@@ -176,8 +176,12 @@ fn a_packed_folder_gives_back_what_was_packed() {
         let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
         let model = to_run(folder.path(), format);
         let target = packed.path().join("new");
-        save_packed(&target, &model).unwrap();
+        let mut told = Vec::new();
+        save_packed(&target, &model, &mut |progress| told.push((progress.done, progress.total))).unwrap();
         assert!(is_packed(&target));
+        let weights = SafetensorsFile::open(&target.join("packed.safetensors")).unwrap();
+        let bytes = weights.tensors().map(|tensor| tensor.bytes.len()).sum();
+        assert_eq!((told.last(), told.is_sorted()), (Some(&(bytes, bytes)), true));
         let opened = Model::open_packed(&target).unwrap();
         let tokens = tokens(17);
         let bits = |model| logits(model, Precision::Bf16, &tokens, &[17]);
@@ -192,7 +196,7 @@ fn an_expert_is_one_stretch_of_whole_pages() {
     const PAGE: usize = 4096;
     let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
     let model = to_run(folder.path(), RunFormat::Block(Format::Q4_K));
-    save_packed(packed.path(), &model).unwrap();
+    save_packed(packed.path(), &model, &mut |_| ()).unwrap();
     let file = SafetensorsFile::open(&packed.path().join("packed.safetensors")).unwrap();
     let params = model.params();
     let matrices = |name: &str| match params.iter().find(|param| param.name() == name).unwrap().frozen_matrices() {
@@ -216,7 +220,7 @@ fn an_expert_is_one_stretch_of_whole_pages() {
 #[test]
 fn broken_packed_folders_are_refused_by_name() {
     let (folder, packed) = (saved(StoredAs::F32), tempfile::tempdir().unwrap());
-    save_packed(packed.path(), &to_run(folder.path(), RunFormat::Block(Format::Q8_0))).unwrap();
+    save_packed(packed.path(), &to_run(folder.path(), RunFormat::Block(Format::Q8_0)), &mut |_| ()).unwrap();
     let error = || Model::open_packed(packed.path()).map(|_| ()).unwrap_err().to_string();
     let change = |file: &str, edit: &dyn Fn(Vec<u8>) -> Vec<u8>| {
         let path = packed.path().join(file);

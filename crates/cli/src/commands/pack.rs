@@ -9,7 +9,7 @@ use moebius_model::packed::save_packed;
 
 use crate::arguments::PackArguments;
 use crate::models::Source;
-use crate::output;
+use crate::output::{self, WeightsBar};
 
 /// Files beside the weights that running asks for.
 const COMPANIONS: [&str; 7] = [
@@ -33,7 +33,9 @@ pub fn execute(arguments: &PackArguments) -> anyhow::Result<ExitCode> {
     }
     let companions = companions(&source, &arguments.model)?;
     let model = source.model_to_run(Some(arguments.format), arguments.format)?;
-    save_packed(folder, &model)?;
+    let mut bar = WeightsBar::new("writing weights");
+    save_packed(folder, &model, &mut |progress| bar.show(progress))?;
+    drop(bar);
     for (name, bytes) in &companions {
         atomic_write(&folder.join(name), bytes)?;
     }

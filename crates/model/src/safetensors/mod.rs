@@ -7,8 +7,8 @@ mod header;
 mod write;
 
 pub use header::Dtype;
-pub(crate) use write::stage_safetensors;
 pub use write::{TensorData, TensorToWrite, write_safetensors};
+pub(crate) use write::{stage_safetensors, stage_safetensors_with};
 
 use crate::ModelError;
 use half::slice::HalfFloatSliceExt;

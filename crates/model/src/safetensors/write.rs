@@ -1,8 +1,8 @@
 //! Writing safetensors files, whole or not at all.
 
 use super::Dtype;
-use crate::ModelError;
 use crate::files::Staged;
+use crate::{LoadProgress, ModelError};
 use half::bf16;
 use moebius_kernels::memory::Buffer;
 use serde_json::{Map, json};
@@ -127,6 +127,16 @@ pub fn write_safetensors(path: &Path, tensors: &[TensorToWrite]) -> Result<(), M
 
 /// As [`write_safetensors`], the data from a multiple of `border` on, without putting the file in its place yet.
 pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite], border: usize) -> Result<Staged, ModelError> {
+    stage_safetensors_with(path, tensors, border, &mut |_| ())
+}
+
+/// As [`stage_safetensors`], telling of the data's bytes as they are written.
+pub(crate) fn stage_safetensors_with(
+    path: &Path,
+    tensors: &[TensorToWrite],
+    border: usize,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Staged, ModelError> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut end = 0;
@@ -143,6 +153,35 @@ pub(crate) fn stage_safetensors(path: &Path, tensors: &[TensorToWrite], border: 
     Staged::new(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
-        tensors.iter().try_for_each(|tensor| tensor.data.write(tensor.shape.iter().product(), out))
+        let mut out = Telling { out, progress, done: 0, total: end };
+        tensors.iter().try_for_each(|tensor| tensor.data.write(tensor.shape.iter().product(), &mut out))
     })
+}
+
+/// Bytes that are written at least between two words about it.
+const TOLD_AT_ONCE: usize = 16 << 20;
+
+/// Tells how many bytes went through.
+struct Telling<'w> {
+    out: &'w mut dyn Write,
+    progress: &'w mut dyn FnMut(LoadProgress),
+    done: usize,
+    total: usize,
+}
+
+impl Write for Telling<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        // A tensor may be gigabytes in one piece.
+        let written = self.out.write(&bytes[..bytes.len().min(TOLD_AT_ONCE)])?;
+        let before = self.done;
+        self.done += written;
+        if before / TOLD_AT_ONCE != self.done / TOLD_AT_ONCE || self.done == self.total {
+            (self.progress)(LoadProgress { done: self.done, total: self.total });
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
 }
