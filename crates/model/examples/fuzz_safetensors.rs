@@ -6,6 +6,8 @@
 //! that is loaded. Each is a sound one damaged in some way. It must be read to the end or refused in one line that names the file;
 //! what is accepted must be consistent. A panic, an empty message or an inconsistency ends with status 1 and the input.
 
+mod damage;
+
 use moebius_model::safetensors::SafetensorsFile;
 use moebius_model::{Checkpoint, Model, ModelError, families};
 use moebius_tensor::Rng;
@@ -18,43 +20,6 @@ const CONFIGS: [&str; 3] = [
     r#"{"model_type":"mixtral","vocab_size":6,"hidden_size":4,"intermediate_size":2,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":1,"num_local_experts":2,"num_experts_per_tok":2,"max_position_embeddings":16,"rms_norm_eps":1e-5,"hidden_act":"silu","rope_theta":10000.0,"rope_scaling":null,"sliding_window":null,"tie_word_embeddings":true,"eos_token_id":[1,2],"torch_dtype":"float32"}"#,
     r#"{"model_type":"llama","vocab_size":6,"hidden_size":4,"intermediate_size":2,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":1,"head_dim":2,"max_position_embeddings":16,"rms_norm_eps":1e-5,"hidden_act":"silu","rope_parameters":{"rope_theta":10000.0,"rope_type":"default"},"tie_word_embeddings":true,"bos_token_id":0,"eos_token_id":1,"attention_bias":false,"dtype":"float32"}"#,
     r#"{"model_type":"mistral","vocab_size":6,"hidden_size":4,"intermediate_size":2,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":1,"head_dim":2,"max_position_embeddings":16,"rms_norm_eps":1e-5,"hidden_act":"silu","rope_theta":10000.0,"sliding_window":null,"tie_word_embeddings":true,"quantization_config":null}"#,
-];
-
-/// Numbers that break careless readers.
-const NUMBERS: [&str; 16] = [
-    "0",
-    "1",
-    "2",
-    "3",
-    "4",
-    "8",
-    "-1",
-    "1.5",
-    "1e9",
-    "65536",
-    "16777216",
-    "4294967296",
-    "9223372036854775808",
-    "18446744073709551615",
-    "18446744073709551616",
-    "1e400",
-];
-
-/// Other values, and pieces of JSON.
-const VALUES: [&str; 13] = [
-    "null",
-    "true",
-    "\"\"",
-    "[]",
-    "{}",
-    "[0,0]",
-    "[[[[",
-    "\"../x\"",
-    "\"F32\"",
-    "\"BF16\"",
-    "\"silu\"",
-    "\"a\\n\\u001bb\"",
-    ",",
 ];
 
 #[derive(Default)]
@@ -78,9 +43,9 @@ fn main() -> ExitCode {
         let kind = if number % 200 == 199 { 2 } else { (number % 2) as usize };
         // In a whole model one or the other is damaged, so that the damage gets past the first reader.
         if kind == 0 || kind == 2 && rng.below(2) == 0 {
-            damage_weights(&mut weights, &mut rng);
+            damage::safetensors(&mut weights, &mut rng);
         } else {
-            damage(&mut config, &mut rng);
+            damage::json(&mut config, &mut rng);
         }
         let outcome = catch_unwind(AssertUnwindSafe(|| match kind {
             0 => read_weights(&weights),
@@ -185,67 +150,4 @@ fn sound_weights(config: &[u8]) -> Vec<u8> {
     file.extend(header.as_bytes());
     file.resize(file.len() + end, 0);
     file
-}
-
-/// Damages the header as text, keeping the length before it honest more often than not, or the file as bytes.
-fn damage_weights(file: &mut Vec<u8>, rng: &mut Rng) {
-    let length = u64::from_le_bytes(file[..8].try_into().expect("8 bytes")) as usize;
-    match rng.below(8) {
-        0 => damage(file, rng),
-        1 => file.truncate(rng.below(file.len())),
-        2 => file[..8].copy_from_slice(&hostile_length(rng).to_le_bytes()),
-        3 => file.extend(std::iter::repeat_n(7, 1 + rng.below(64))),
-        _ => {
-            let mut header = file[8..8 + length].to_vec();
-            damage(&mut header, rng);
-            let honest = if rng.below(8) == 0 { length } else { header.len() };
-            let data = file.split_off(8 + length);
-            *file = (honest as u64).to_le_bytes().to_vec();
-            file.extend(header);
-            file.extend(data);
-        }
-    }
-}
-
-fn hostile_length(rng: &mut Rng) -> u64 {
-    let near = [0, 1, 8, 1 << 20, 100 << 20, 1 << 32, u64::MAX / 2, u64::MAX - 8, u64::MAX];
-    near[rng.below(near.len())].wrapping_add(rng.below(9) as u64)
-}
-
-/// One to three changes of a text of JSON.
-fn damage(text: &mut Vec<u8>, rng: &mut Rng) {
-    for _ in 0..1 + rng.below(3) {
-        if text.is_empty() {
-            return;
-        }
-        let at = rng.below(text.len());
-        match rng.below(8) {
-            0 => text[at] ^= 1 << rng.below(8),
-            1 => text[at] = rng.below(256) as u8,
-            2 => drop(text.drain(at..(at + 1 + rng.below(16)).min(text.len()))),
-            3 => {
-                // Something said twice: a key, a tensor, a bracket.
-                let piece = text[at..(at + 1 + rng.below(80)).min(text.len())].to_vec();
-                let to = rng.below(text.len());
-                text.splice(to..to, piece);
-            }
-            4 => {
-                let value = VALUES[rng.below(VALUES.len())];
-                replace_value(text, at, value);
-            }
-            _ => {
-                let number = NUMBERS[rng.below(NUMBERS.len())];
-                replace_value(text, at, number);
-            }
-        }
-    }
-}
-
-/// Puts `value` in the place of the first number at or after `at`, or of what follows a colon.
-fn replace_value(text: &mut Vec<u8>, at: usize, value: &str) {
-    let Some(start) = (at..text.len()).find(|&i| text[i].is_ascii_digit() || i > 0 && text[i - 1] == b':') else {
-        return;
-    };
-    let end = (start..text.len()).find(|&i| matches!(text[i], b',' | b']' | b'}')).unwrap_or(text.len());
-    text.splice(start..end, value.bytes());
 }
