@@ -10,7 +10,7 @@ import statistics
 
 import numpy as np
 
-BLOCK = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210), "F32": (1, 4)}
+BLOCK = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "F32": (1, 4)}
 
 
 def _table(largest, deviation, offset):
@@ -25,9 +25,12 @@ _Q4, _Q4_DEVIATION = _table(7, 2.8, 8)
 _Q4_NIBBLES = (_Q4.astype(np.uint8)[None, :] | _Q4.astype(np.uint8)[:, None] << 4).ravel()
 _Q6, _Q6_DEVIATION = _table(31, 11.0, 32)
 _Q8, _Q8_DEVIATION = _table(127, 42.0, 0)
-# Q4_K's codes run from 0 to 15; with a minimum of 7.5 steps they are symmetric.
+# Q4_K's codes run from 0 to 15 and Q5_K's to 31; with a minimum of half the largest they are symmetric.
 _K4, _ = _table(7, 2.8, 7)
 _K4 = np.where(np.arange(256) >= 128, _K4 + 1, _K4)
+_K5, _ = _table(15, 5.6, 15)
+_K5 = np.where(np.arange(256) >= 128, _K5 + 1, _K5)
+_K5_DEVIATION = float(np.sqrt(np.mean((_K5 - 15.5) ** 2)))
 _K4_DEVIATION = float(np.sqrt(np.mean((_K4 - 7.5) ** 2)))
 _K4_NIBBLES = (_K4.astype(np.uint8)[None, :] | _K4.astype(np.uint8)[:, None] << 4).ravel()
 
@@ -57,18 +60,32 @@ def _q8_0(random, blocks, deviation):
     return np.concatenate([_scales(random, blocks, deviation / _Q8_DEVIATION), codes], axis=1)
 
 
-def _q4_k(random, blocks, deviation):
-    # Eight sub-blocks with 6-bit scales and minima. A minimum of 7.5 times the scale centres the codes; equal 6-bit
-    # numbers for both make it so, with the f16 minimum 7.5 times the f16 scale.
+def _steps(random, blocks, scale, zero):
+    """What stands before the codes of Q4_K and Q5_K. A minimum of `zero` times the scale centres the codes."""
+    # Eight sub-blocks with 6-bit scales and minima; equal numbers for both centre them, with the f16 minimum `zero` times
+    # the f16 scale.
     steps = random.integers(40, 64, (blocks, 8), dtype=np.uint8)
     low, high = steps[:, :4], steps[:, 4:]
     # Bytes 0-3: scales 0-3 and the upper bits of 4-7; bytes 4-7 the same of the minima; bytes 8-11 the lower bits.
     first = low | high >> 4 << 6
     packed = np.concatenate([first, first, high & 15 | (high & 15) << 4], axis=1)
     root_mean_square = float(np.sqrt(np.mean(np.arange(40, 64) ** 2)))
-    scale = np.full(blocks, deviation / (_K4_DEVIATION * root_mean_square)).astype(np.float16)
-    halves = np.stack([scale, (scale.astype(np.float32) * 7.5).astype(np.float16)], axis=1).view(np.uint8)
-    return np.concatenate([halves, packed, _nibbles(random, _K4_NIBBLES, blocks, 128)], axis=1)
+    scale = np.full(blocks, scale / root_mean_square).astype(np.float16)
+    halves = np.stack([scale, (scale.astype(np.float32) * zero).astype(np.float16)], axis=1).view(np.uint8)
+    return np.concatenate([halves, packed], axis=1)
+
+
+def _q4_k(random, blocks, deviation):
+    head = _steps(random, blocks, deviation / _K4_DEVIATION, 7.5)
+    return np.concatenate([head, _nibbles(random, _K4_NIBBLES, blocks, 128)], axis=1)
+
+
+def _q5_k(random, blocks, deviation):
+    codes = _K5.astype(np.uint8)[_bytes(random, blocks * 256)].reshape(blocks, 4, 2, 32)
+    # The fifth bits of eight sub-blocks in 32 bytes; then 32 bytes of nibbles for each pair of sub-blocks.
+    fifth = np.bitwise_or.reduce([codes[:, i // 2, i % 2] >> 4 << i for i in range(8)])
+    nibbles = (codes[:, :, 0] & 15 | (codes[:, :, 1] & 15) << 4).reshape(blocks, 128)
+    return np.concatenate([_steps(random, blocks, deviation / _K5_DEVIATION, 15.5), fifth, nibbles], axis=1)
 
 
 def _q6_k(random, blocks, deviation):
@@ -84,7 +101,7 @@ def _q6_k(random, blocks, deviation):
     return np.concatenate(parts, axis=1)
 
 
-_MAKERS = {"Q4_0": _q4_0, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q6_K": _q6_k}
+_MAKERS = {"Q4_0": _q4_0, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
 
 
 def draw(random, kind, rows, columns, deviation):

@@ -6,18 +6,18 @@ import gguf
 import numpy as np
 import random_blocks
 
-KINDS = ("Q4_0", "Q4_K_M", "Q8_0")
+KINDS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")
 
 
 def _more_bits(layer, layers):
-    """The layers for which llama.cpp's Q4_K_M mixture takes Q6_K: the first and last eighth, every third between."""
+    """The layers for which llama.cpp's Q4_K_M and Q5_K_M mixtures take Q6_K: the first and last eighth, every third between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _format(kind, name, layer, shape):
-    """The format of a matrix. Q4_K_M: as llama.cpp mixes it, but that all of attention's output stays Q4_K."""
-    if kind != "Q4_K_M":
+    """The format of a matrix. Mixtures: as llama.cpp's, but that all of attention's output stays in the smaller format."""
+    if not kind.endswith("_K_M"):
         return kind
     if name == "output":
         return "Q6_K"
@@ -25,7 +25,7 @@ def _format(kind, name, layer, shape):
         return "Q8_0"
     if name in ("attn_v", "ffn_down_exps") and _more_bits(layer, shape.layers):
         return "Q6_K"
-    return "Q4_K"
+    return kind.removesuffix("_M")
 
 
 def _tensors(shape):
