@@ -93,6 +93,7 @@ mod peak {
     pub(super) fn function(isa: Isa, operands: Operands) -> unsafe fn(usize) -> f64 {
         match (isa, operands) {
             (Isa::Portable, _) => portable,
+            (Isa::Avx2, Operands::Bytes) if is_x86_feature_detected!("avxvnni") => avx2_vnni_bytes,
             (Isa::Avx2, Operands::Bytes) => avx2_bytes,
             (Isa::Avx2, _) => avx2,
             (Isa::Amx, Operands::Bf16) => amx_bf16,
@@ -162,7 +163,17 @@ mod peak {
         "avx2",
         __m256i,
         _mm256_setzero_si256(),
-        |s, a, b| _mm256_add_epi16(s, _mm256_maddubs_epi16(a, b)),
+        // Of the sum, for a product that is always the same would leave the loop.
+        |s, a, b| _mm256_add_epi16(a, _mm256_maddubs_epi16(s, b)),
+        64
+    );
+    #[cfg(target_arch = "x86_64")]
+    register_loop!(
+        avx2_vnni_bytes,
+        "avx2,avxvnni",
+        __m256i,
+        _mm256_setzero_si256(),
+        |s, a, b| _mm256_dpbusd_avx_epi32(s, a, b),
         64
     );
     #[cfg(target_arch = "x86_64")]
