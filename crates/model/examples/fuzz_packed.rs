@@ -8,11 +8,12 @@
 
 mod damage;
 
+use damage::Refusal;
 use moebius_kernels::formats::Format;
 use moebius_kernels::gemm::Precision;
 use moebius_model::checkpoint::StoredAs;
 use moebius_model::packed::save_packed;
-use moebius_model::{Batch, Checkpoint, Ffn, Model, ModelError, RunFormat, Silent, Survey, UniformDecoder, save_model};
+use moebius_model::{Batch, Checkpoint, Ffn, Model, RunFormat, Silent, Survey, UniformDecoder, save_model};
 use moebius_tensor::{Graph, Rng};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -24,17 +25,6 @@ const FILES: [&str; 3] = ["packed.json", "config.json", "packed.safetensors"];
 
 /// What a matrix may be said to be held in.
 const FORMATS: [&str; 6] = ["f32", "bf16", "q8_0", "q4_0", "q4_k", "f16"];
-
-enum Refusal {
-    Error(ModelError),
-    Inconsistent(String),
-}
-
-impl From<ModelError> for Refusal {
-    fn from(error: ModelError) -> Self {
-        Self::Error(error)
-    }
-}
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1).map(|text| text.parse::<u64>().expect("a whole number"));

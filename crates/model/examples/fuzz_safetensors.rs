@@ -8,8 +8,9 @@
 
 mod damage;
 
+use damage::Refusal;
 use moebius_model::safetensors::SafetensorsFile;
-use moebius_model::{Checkpoint, Model, ModelError, families};
+use moebius_model::{Checkpoint, Model, families};
 use moebius_tensor::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -79,17 +80,6 @@ fn main() -> ExitCode {
         println!("  {kind:<18} {accepted:>8} accepted {refused:>8} refused");
     }
     ExitCode::SUCCESS
-}
-
-enum Refusal {
-    Error(ModelError),
-    Inconsistent(String),
-}
-
-impl From<ModelError> for Refusal {
-    fn from(error: ModelError) -> Self {
-        Self::Error(error)
-    }
 }
 
 fn read_weights(bytes: &[u8]) -> Result<(), Refusal> {
