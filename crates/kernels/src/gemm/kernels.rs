@@ -28,7 +28,7 @@ pub(super) struct Kernels {
 /// # Safety
 /// The instruction set is there, and the words are writable.
 pub(super) type PackRowsFn = unsafe fn(&Lines, usize, usize, *mut u32);
-/// Packs columns, given the words of a panel, whether to write past the cache, and where the words go.
+/// Packs columns, given the words from a panel to the next, whether to write past the cache, and where the words go.
 ///
 /// # Safety
 /// The instruction set is there, and the words are writable and 64-byte aligned.
@@ -142,16 +142,19 @@ impl Kernels {
         unsafe { (self.pack_rows)(rows, self.block_rows, padded, words.as_mut_ptr()) }
     }
 
-    /// Packs columns as panels `[panels][k blocks][16 words][16 columns]`.
+    /// Packs columns as panels `[panels][k blocks][16 words][16 columns]`, `panel_words` apart, from `words` on.
     ///
     /// With `stream` they are written past the cache, which is faster when they would not stay in it.
-    pub(super) fn pack_panels(&self, columns: &Lines, stream: bool, words: &mut [u32]) {
+    ///
+    /// # Safety
+    /// The words of these panels' k blocks are writable, and nobody else uses them.
+    pub(super) unsafe fn pack_panels(&self, columns: &Lines, panel_words: usize, stream: bool, words: *mut u32) {
         self.check_numbers(columns);
-        let panel_words = self.precision.k_blocks(columns.k) * BLOCK_WORDS;
-        assert_eq!(words.len(), columns.count.div_ceil(LANES) * panel_words);
-        assert!(words.is_empty() || words.as_ptr().addr().is_multiple_of(64), "panels are aligned");
-        // SAFETY: as in `pack_rows`.
-        unsafe { (self.pack_panels)(columns, panel_words, stream, words.as_mut_ptr()) }
+        assert!(columns.count <= LANES || self.precision.k_blocks(columns.k) * BLOCK_WORDS <= panel_words);
+        assert!(words.addr().is_multiple_of(64), "panels are aligned");
+        // SAFETY: `of` gave this table, so the instruction set is there; `Lines` checked what is read, and the caller
+        // promises what is written.
+        unsafe { (self.pack_panels)(columns, panel_words, stream, words) }
     }
 
     fn check_numbers(&self, lines: &Lines) {

@@ -4,11 +4,12 @@
 //! `[panels of 16 columns][k blocks][16 words along K][16 columns]`. A k block of a panel is 1024 bytes: sixteen
 //! 512-bit registers, or one AMX tile. What is missing at the right and at the end of K is zero.
 
-use super::kernels::{Kernels, Lines};
+use super::kernels::{Kernels, Lines, pieces};
 use super::{Mat, Precision};
 use crate::isa::Isa;
 use crate::memory::{Buffer, SharedBytes};
 use crate::parallel::{self, DisjointMut};
+use std::ops::Range;
 
 /// Columns of a panel; words of a k block; lanes of a 512-bit register.
 pub(super) const LANES: usize = 16;
@@ -16,26 +17,28 @@ pub(super) const LANES: usize = 16;
 pub(super) const BLOCK_WORDS: usize = LANES * LANES;
 /// Packing fewer elements than this is not worth waking other threads.
 const SERIAL_ELEMENTS: usize = 1 << 16;
+/// Elements of a packing task, about: a share of a small operand for every thread.
+const TASK_ELEMENTS: usize = 1 << 15;
 /// Panels of a packing task at most, when rows of the source run across panels: a kilobyte of each row.
 const PANELS_PER_TASK: usize = 16;
-
 /// Packing more bytes than this writes past the cache, which would not hold them until they are used.
 const STREAM_BYTES: usize = 1 << 22;
 
 /// An operand `[k, n]` packed into panels of 16 columns.
 #[derive(Clone, Debug)]
 pub struct Packed {
-    words: Words,
+    /// The panels' words; operands that were packed together share a block of memory.
+    words: SharedBytes,
     k: usize,
     n: usize,
     precision: Precision,
 }
 
-/// Words of one's own, or bytes of a file that are words.
-#[derive(Clone, Debug)]
-enum Words {
-    Own(Buffer<u32>),
-    Shared(SharedBytes),
+/// Some panels of an operand, along some of K.
+struct Task {
+    operand: usize,
+    panels: Range<usize>,
+    k_blocks: Range<usize>,
 }
 
 impl Packed {
@@ -48,7 +51,7 @@ impl Packed {
         if wanted != Some(bytes.len()) || !bytes.as_ptr().addr().is_multiple_of(64) {
             return Err(wanted);
         }
-        Ok(Self { words: Words::Shared(bytes), k, n, precision })
+        Ok(Self { words: bytes, k, n, precision })
     }
 
     /// Bytes of a packed operand `[k, n]`, if they can be counted.
@@ -62,36 +65,41 @@ impl Packed {
     }
 
     /// Packs several operands, as those of all experts, in one parallel pass.
+    ///
+    /// They get one block of memory: how much a step takes for the rows of all experts hardly changes, how much for one
+    /// expert's does.
     pub fn pack_many(precision: Precision, operands: &[Mat]) -> Vec<Self> {
         let kernels = Kernels::of(Isa::current(), precision);
-        let mut packed: Vec<Self> = operands.iter().map(|b| Self::unfilled(precision, b.rows, b.cols)).collect();
-        let packed_bytes: usize = packed.iter().map(Self::bytes).sum();
-        let mut tasks = Vec::new();
-        let mut targets = Vec::with_capacity(packed.len());
-        for (operand, target) in packed.iter_mut().enumerate() {
-            let (panels, panel_words) = (target.panels(), target.panel_words());
-            tasks.extend((0..panels).step_by(PANELS_PER_TASK).map(|p| (operand, p..panels.min(p + PANELS_PER_TASK))));
-            let Words::Own(words) = &mut target.words else { unreachable!("made above") };
-            targets.push((panel_words, DisjointMut::new(words)));
+        let mut starts = vec![0];
+        for b in operands {
+            let bytes = Self::packed_bytes(precision, b.rows, b.cols).expect("an operand larger than memory");
+            starts.push(starts[starts.len() - 1] + bytes);
         }
+        let packed_bytes = starts[operands.len()];
+        let mut memory = Buffer::<u8>::scratch(packed_bytes);
+        let tasks: Vec<Task> = operands.iter().enumerate().flat_map(|(i, b)| cut(precision, i, b)).collect();
         let elements: usize = operands.iter().map(|b| b.rows * b.cols).sum();
         let stream = packed_bytes > STREAM_BYTES;
         let serial_count = if elements < SERIAL_ELEMENTS { usize::MAX } else { 1 };
+        let words = DisjointMut::new(bytemuck::cast_slice_mut::<u8, u32>(&mut memory));
         parallel::for_each_index(tasks.len(), serial_count, |task| {
-            let (operand, panels) = &tasks[task];
-            let (panel_words, target) = &targets[*operand];
-            let b = operands[*operand];
+            let Task { operand, panels, k_blocks } = &tasks[task];
+            let (b, block_k) = (operands[*operand], precision.block_k());
             let columns = panels.start * LANES..b.cols.min(panels.end * LANES);
-            // SAFETY: tasks take different panels.
-            let words = unsafe { target.range(panels.start * panel_words..panels.end * panel_words) };
-            kernels.pack_panels(&Lines::columns(b.col_range(columns)), stream, words);
+            let k = k_blocks.start * block_k..b.rows.min(k_blocks.end * block_k);
+            let panel_words = precision.k_blocks(b.rows) * BLOCK_WORDS;
+            let first = starts[*operand] / 4 + panels.start * panel_words + k_blocks.start * BLOCK_WORDS;
+            let columns = Lines::columns(b.row_range(k).col_range(columns));
+            // SAFETY: the operand has room for these panels and k blocks, and tasks take different ones.
+            unsafe { kernels.pack_panels(&columns, panel_words, stream, words.at(first)) };
         });
-        packed
-    }
-
-    fn unfilled(precision: Precision, k: usize, n: usize) -> Self {
-        let words = n.div_ceil(LANES) * precision.k_blocks(k) * BLOCK_WORDS;
-        Self { words: Words::Own(Buffer::scratch(words)), k, n, precision }
+        let memory = SharedBytes::from(memory);
+        (operands.iter().zip(starts.windows(2)))
+            .map(|(b, bytes)| {
+                let words = memory.part(bytes[0]..bytes[1]).expect("a part of the whole");
+                Self { words, k: b.rows, n: b.cols, precision }
+            })
+            .collect()
     }
 
     /// The length of the sums.
@@ -111,7 +119,7 @@ impl Packed {
 
     /// The memory it takes.
     pub fn bytes(&self) -> usize {
-        size_of_val::<[u32]>(self.words())
+        self.words.len()
     }
 
     /// Column `column`, unpacked, into `out` `[k]`: a row of the weight that was packed.
@@ -137,15 +145,12 @@ impl Packed {
 
     /// The panels as bytes, to be saved, in the order of a little-endian machine.
     pub fn content(&self) -> &[u8] {
-        bytemuck::cast_slice(self.words())
+        &self.words
     }
 
     /// The panels' words.
     pub(super) fn words(&self) -> &[u32] {
-        match &self.words {
-            Words::Own(words) => words,
-            Words::Shared(bytes) => bytemuck::cast_slice(bytes),
-        }
+        bytemuck::cast_slice(&self.words)
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -160,4 +165,20 @@ impl Packed {
     pub(super) fn panel_words(&self) -> usize {
         self.k_blocks() * BLOCK_WORDS
     }
+}
+
+/// Cuts the packing of an operand into tasks that read runs of its source.
+fn cut(precision: Precision, operand: usize, b: &Mat) -> Vec<Task> {
+    let (panels, k_blocks) = (b.cols.div_ceil(LANES), precision.k_blocks(b.rows));
+    let (panel_step, k_step) = if b.row_stride == 1 {
+        ((TASK_ELEMENTS / (LANES * b.rows.max(1))).clamp(1, PANELS_PER_TASK), k_blocks)
+    } else {
+        let panel_step = panels.clamp(1, PANELS_PER_TASK);
+        (panel_step, TASK_ELEMENTS / (panel_step * LANES * precision.block_k()))
+    };
+    pieces(0..panels, panel_step)
+        .flat_map(|panels| {
+            pieces(0..k_blocks, k_step).map(move |k_blocks| Task { operand, panels: panels.clone(), k_blocks })
+        })
+        .collect()
 }

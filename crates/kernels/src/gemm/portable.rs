@@ -58,11 +58,8 @@ pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize
 #[inline(always)]
 pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words: usize, _stream: bool, out: *mut u32) {
     let block_k = if BF16 { 2 * LANES } else { LANES };
-    let panels = columns.count.div_ceil(LANES);
-    // SAFETY: the caller's promise.
-    let out = unsafe { std::slice::from_raw_parts_mut(out, panels * panel_words) };
+    let (panels, k_blocks) = (columns.count.div_ceil(LANES), columns.k.div_ceil(block_k));
     // In the order of the source, along its stride of 1.
-    let k_blocks = panel_words / BLOCK_WORDS;
     let along_k = columns.k_stride == 1;
     for i in 0..panels * k_blocks {
         let (panel, k_block) = if along_k { (i / k_blocks, i % k_blocks) } else { (i % panels, i / panels) };
@@ -71,7 +68,8 @@ pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words:
             transpose(&mut block);
         }
         let place = panel * panel_words + k_block * BLOCK_WORDS;
-        out[place..place + BLOCK_WORDS].copy_from_slice(block.as_flattened());
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(out.add(place), BLOCK_WORDS) }.copy_from_slice(block.as_flattened());
     }
 }
 
