@@ -16,35 +16,90 @@ type Block = [__m512i; LANES];
 /// `out` has room for the packed blocks; the machine has [`Isa::Avx512`](crate::isa::Isa::Avx512).
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize, padded: usize, out: *mut u32) {
-    let block_k = if BF16 { 2 * LANES } else { LANES };
-    let (tiles, k_blocks) = (padded.div_ceil(LANES), rows.k.div_ceil(block_k));
-    // In the order of the source, along its stride of 1.
-    let along_k = rows.k_stride == 1;
-    let (outer, inner) = if along_k { (tiles, k_blocks) } else { (k_blocks, tiles) };
-    for outer in 0..outer {
-        for inner in 0..inner {
-            let (tile, k_block) = if along_k { (outer, inner) } else { (inner, outer) };
+    let k_blocks = rows.k.div_ceil(block_k(BF16));
+    let blocks = RowBlocks { block_rows, padded, k_blocks, out };
+    // SAFETY: handed on.
+    unsafe {
+        match rows.k_stride == 1 {
+            true => pack_rows_along::<BF16>(rows, &blocks),
+            false => pack_rows_across::<BF16>(rows, &blocks),
+        }
+    }
+}
+
+/// Where packed rows go: `[blocks of rows][k blocks][rows of the block][16 words]`.
+struct RowBlocks {
+    block_rows: usize,
+    /// Rows of all blocks.
+    padded: usize,
+    k_blocks: usize,
+    out: *mut u32,
+}
+
+impl RowBlocks {
+    /// The words of `row` at k block 0, and how far it is from a k block to the next.
+    #[inline]
+    fn row(&self, row: usize) -> (*mut u32, usize) {
+        debug_assert!(row < self.padded);
+        let in_block = row % self.block_rows;
+        let block_start = row - in_block;
+        let height = self.block_rows.min(self.padded - block_start);
+        (self.out.wrapping_add((block_start * self.k_blocks + in_block) * LANES), height * LANES)
+    }
+}
+
+/// Row after row, in the order of the source.
+///
+/// # Safety
+/// As [`pack_rows`]; rows run along K.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn pack_rows_along<const BF16: bool>(rows: &Lines, blocks: &RowBlocks) {
+    let block_k = block_k(BF16);
+    for row in 0..blocks.padded {
+        let (mut out, step) = blocks.row(row);
+        for k in (0..rows.k).step_by(block_k) {
+            let count = if row < rows.count { (rows.k - k).min(block_k) } else { 0 };
+            // SAFETY: the caller's promises: `count` elements are there, and room for a row of a packed block.
+            unsafe { _mm512_storeu_si512(out.cast(), load_along::<BF16>(rows, row, k, count)) };
+            out = out.wrapping_add(step);
+        }
+    }
+}
+
+/// K block after k block, in the order of the source.
+///
+/// # Safety
+/// As [`pack_rows`]; rows run across K.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn pack_rows_across<const BF16: bool>(rows: &Lines, blocks: &RowBlocks) {
+    let block_k = block_k(BF16);
+    let tiles = blocks.padded.div_ceil(LANES);
+    for k_block in 0..blocks.k_blocks {
+        for tile in 0..tiles {
             let (row, k) = (tile * LANES, k_block * block_k);
-            if along_k {
-                prefetch_lines(rows, row + LANES, k);
-            } else {
-                prefetch_words::<BF16>(rows, row, k + block_k);
-            }
-            let mut words = load_block::<BF16>(rows, row, k);
-            if !along_k {
-                transpose(&mut words);
-            }
+            prefetch_words::<BF16>(rows, row, k + block_k);
             // The sixteen rows may belong to several blocks.
-            let (mut block_start, mut in_block) = (row / block_rows * block_rows, row % block_rows);
-            for &words in words.iter().take(padded - row) {
-                if in_block == block_rows {
-                    (block_start, in_block) = (block_start + block_rows, 0);
+            let there = (blocks.padded - row).min(LANES);
+            let place = |i: usize| {
+                let (start, step) = blocks.row(row + i);
+                start.wrapping_add(k_block * step)
+            };
+            if rows.count >= row + LANES && rows.k >= k + block_k {
+                // SAFETY: the caller's promise, as below; sixteen rows and a whole k block are there.
+                let words = transpose(unsafe { load_across::<BF16, true>(rows, row, k) });
+                for (i, words) in words.into_iter().enumerate() {
+                    // SAFETY: a row of a packed block, for which the caller promised room.
+                    unsafe { _mm512_storeu_si512(place(i).cast(), words) };
                 }
-                let height = block_rows.min(padded - block_start);
-                let place = (block_start * k_blocks + k_block * height + in_block) * LANES;
-                // SAFETY: a row of a packed block, for which the caller promised room.
-                unsafe { _mm512_storeu_si512(out.add(place).cast(), words) };
-                in_block += 1;
+            } else {
+                // SAFETY: as above; what is not there is not read.
+                let words = transpose(unsafe { load_across::<BF16, false>(rows, row, k) });
+                for (i, words) in words.into_iter().enumerate().take(there) {
+                    // SAFETY: as above.
+                    unsafe { _mm512_storeu_si512(place(i).cast(), words) };
+                }
             }
         }
     }
@@ -56,37 +111,96 @@ pub(super) unsafe fn pack_rows<const BF16: bool>(rows: &Lines, block_rows: usize
 /// `out` has room for the panels and is 64-byte aligned; the machine has [`Isa::Avx512`](crate::isa::Isa::Avx512).
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) unsafe fn pack_panels<const BF16: bool>(columns: &Lines, panel_words: usize, stream: bool, out: *mut u32) {
-    let block_k = if BF16 { 2 * LANES } else { LANES };
-    let (panels, k_blocks) = (columns.count.div_ceil(LANES), columns.k.div_ceil(block_k));
-    // In the order of the source, along its stride of 1.
-    let along_k = columns.k_stride == 1;
-    let (outer, inner) = if along_k { (panels, k_blocks) } else { (k_blocks, panels) };
-    for outer in 0..outer {
-        for inner in 0..inner {
-            let (panel, k_block) = if along_k { (outer, inner) } else { (inner, outer) };
-            if along_k {
-                prefetch_lines(columns, (panel + 1) * LANES, k_block * block_k);
-            } else {
-                prefetch_words::<BF16>(columns, panel * LANES, (k_block + 1) * block_k);
-            }
-            let mut block = load_block::<BF16>(columns, panel * LANES, k_block * block_k);
-            if along_k {
-                transpose(&mut block);
-            }
-            let first = panel * panel_words + k_block * BLOCK_WORDS;
-            for (i, &words) in block.iter().enumerate() {
-                // SAFETY: a row of the packed panel, for which the caller promised room and alignment.
-                unsafe {
-                    let out = out.add(first + i * LANES).cast();
-                    if stream { _mm512_stream_si512(out, words) } else { _mm512_store_si512(out, words) }
-                };
-            }
+    // SAFETY: handed on.
+    unsafe {
+        match (columns.k_stride == 1, stream) {
+            (true, true) => panels_along::<BF16, true>(columns, panel_words, out),
+            (true, false) => panels_along::<BF16, false>(columns, panel_words, out),
+            (false, true) => panels_across::<BF16, true>(columns, panel_words, out),
+            (false, false) => panels_across::<BF16, false>(columns, panel_words, out),
         }
     }
     if stream {
         // Streamed stores wait for no lock and no atomic: make them seen before the panels are handed on.
         _mm_sfence();
     }
+}
+
+/// Panel after panel, in the order of the source.
+///
+/// # Safety
+/// As [`pack_panels`]; columns run along K.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn panels_along<const BF16: bool, const STREAM: bool>(columns: &Lines, panel_words: usize, out: *mut u32) {
+    let block_k = block_k(BF16);
+    for (panel, column) in (0..columns.count).step_by(LANES).enumerate() {
+        let mut out = out.wrapping_add(panel * panel_words);
+        for k in (0..columns.k).step_by(block_k) {
+            prefetch_lines(columns, column + LANES, k);
+            let (count, k_count) = ((columns.count - column).min(LANES), (columns.k - k).min(block_k));
+            // SAFETY: the caller's promises: what is counted is there, and room for a k block of a panel.
+            unsafe {
+                if count == LANES && k_count == block_k {
+                    let lines = std::array::from_fn(|i| load_along::<BF16>(columns, column + i, k, block_k));
+                    store::<STREAM>(transpose(lines), out);
+                } else {
+                    let lines = std::array::from_fn(|i| match i < count {
+                        true => load_along::<BF16>(columns, column + i, k, k_count),
+                        false => _mm512_setzero_si512(),
+                    });
+                    store::<STREAM>(transpose(lines), out);
+                }
+            }
+            out = out.wrapping_add(BLOCK_WORDS);
+        }
+    }
+}
+
+/// K block after k block, in the order of the source.
+///
+/// # Safety
+/// As [`pack_panels`]; columns run across K.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn panels_across<const BF16: bool, const STREAM: bool>(columns: &Lines, panel_words: usize, out: *mut u32) {
+    let block_k = block_k(BF16);
+    for (k_block, k) in (0..columns.k).step_by(block_k).enumerate() {
+        for (panel, column) in (0..columns.count).step_by(LANES).enumerate() {
+            let out = out.wrapping_add(panel * panel_words + k_block * BLOCK_WORDS);
+            prefetch_words::<BF16>(columns, column, k + block_k);
+            // SAFETY: the caller's promises: whole blocks are there, of others only what is there is read, and there is
+            // room for a k block of a panel.
+            unsafe {
+                if columns.count >= column + LANES && columns.k >= k + block_k {
+                    store::<STREAM>(load_across::<BF16, true>(columns, column, k), out);
+                } else {
+                    store::<STREAM>(load_across::<BF16, false>(columns, column, k), out);
+                }
+            }
+        }
+    }
+}
+
+/// Writes a k block of a panel, past the cache if wanted.
+///
+/// # Safety
+/// `out` has room for it and is 64-byte aligned.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store<const STREAM: bool>(block: Block, out: *mut u32) {
+    for (i, words) in block.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let out = out.add(i * LANES).cast();
+            if STREAM { _mm512_stream_si512(out, words) } else { _mm512_store_si512(out, words) }
+        };
+    }
+}
+
+/// Elements along K of a k block.
+const fn block_k(bf16: bool) -> usize {
+    if bf16 { 2 * LANES } else { LANES }
 }
 
 /// Calls sixteen lines into the cache, along two cache lines from `k` on. The processor foresees a long run along one
@@ -113,91 +227,73 @@ fn prefetch_words<const BF16: bool>(lines: &Lines, line: usize, k: usize) {
     }
 }
 
-/// Sixteen lines from `line` on, along a k block from `k` on, zero where there are none: a register for each line when
-/// the source runs along K, else one for each word.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn load_block<const BF16: bool>(lines: &Lines, line: usize, k: usize) -> Block {
-    let block_k = if BF16 { 2 * LANES } else { LANES };
-    let (count, k_count) = (lines.count.saturating_sub(line).min(LANES), (lines.k - k).min(block_k));
-    let mut block = [_mm512_setzero_si512(); LANES];
-    if count == 0 {
-        return block;
-    }
-    let at = line * lines.line_stride + k * lines.k_stride;
-    let data = match lines.data {
-        Numbers::F32(data) => data,
-        Numbers::Bf16(data) => {
-            // SAFETY: as below.
-            return unsafe { load_rounded(data.as_ptr().add(at), lines, count, k_count) };
-        }
-    };
-    // SAFETY: inside the lines, as `Lines` checked when it was made; so are all the addresses below, which stay under
-    // `count` lines and `k_count` elements.
-    let start = unsafe { data.as_ptr().add(at) };
-    if lines.k_stride == 1 {
-        let (low, high) = (mask(k_count), mask(k_count.saturating_sub(LANES)));
-        for (i, words) in block.iter_mut().enumerate().take(count) {
-            // SAFETY: as above; the masks keep to `k_count` elements.
-            *words = unsafe {
-                let line = start.add(i * lines.line_stride);
-                if BF16 && k_count == block_k {
-                    round_pair(_mm512_loadu_ps(line.add(LANES)), _mm512_loadu_ps(line))
-                } else if BF16 {
-                    let far = line.wrapping_add(LANES);
-                    round_pair(_mm512_maskz_loadu_ps(high, far), _mm512_maskz_loadu_ps(low, line))
-                } else {
-                    _mm512_castps_si512(_mm512_maskz_loadu_ps(low, line))
-                }
-            };
-        }
-    } else {
-        let lanes = mask(count);
-        for (i, words) in block.iter_mut().enumerate() {
-            // SAFETY: as above; the mask keeps to `count` lines.
-            let element = |k: usize| unsafe {
-                if k < k_count {
-                    _mm512_maskz_loadu_ps(lanes, start.add(k * lines.k_stride))
-                } else {
-                    _mm512_setzero_ps()
-                }
-            };
-            *words = if BF16 {
-                interleave(round_pair(element(2 * i + 1), element(2 * i)))
-            } else {
-                _mm512_castps_si512(element(i))
-            };
-        }
-    }
-    block
-}
-
-/// As [`load_block`] for a source of bf16: nothing to round.
+/// `count` elements of a line that runs along K, from `k` on, as a block's words; zero behind them.
 ///
 /// # Safety
-/// At `start` stand `count` lines, with the strides of `lines`, of `k_count` elements.
+/// The line has these elements.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn load_rounded(start: *const u16, lines: &Lines, count: usize, k_count: usize) -> Block {
-    let mut block = [_mm512_setzero_si512(); LANES];
-    if lines.k_stride == 1 {
-        let elements: __mmask32 = if k_count >= 2 * LANES { !0 } else { (1 << k_count) - 1 };
-        for (i, words) in block.iter_mut().enumerate().take(count) {
-            // SAFETY: the caller's promise; the mask keeps to `k_count` elements.
-            *words = unsafe { _mm512_maskz_loadu_epi16(elements, start.add(i * lines.line_stride).cast()) };
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn load_along<const BF16: bool>(lines: &Lines, line: usize, k: usize, count: usize) -> __m512i {
+    let at = line * lines.line_stride + k;
+    // SAFETY: the caller's promise; the masks keep to `count` elements, and masked lanes may lie outside.
+    unsafe {
+        match lines.data {
+            Numbers::Bf16(data) => {
+                let elements: __mmask32 = if count >= 2 * LANES { !0 } else { (1 << count) - 1 };
+                _mm512_maskz_loadu_epi16(elements, data.as_ptr().wrapping_add(at).cast())
+            }
+            Numbers::F32(data) => {
+                let line = data.as_ptr().wrapping_add(at);
+                if !BF16 {
+                    return _mm512_castps_si512(_mm512_maskz_loadu_ps(mask(count), line));
+                }
+                let far = line.wrapping_add(LANES);
+                if count >= 2 * LANES {
+                    return round_pair(_mm512_loadu_ps(far), _mm512_loadu_ps(line));
+                }
+                let high = _mm512_maskz_loadu_ps(mask(count.saturating_sub(LANES)), far);
+                round_pair(high, _mm512_maskz_loadu_ps(mask(count), line))
+            }
         }
-        return block;
     }
-    let lanes = mask(count);
-    let element = |k: usize| match k < k_count {
-        // SAFETY: the caller's promise; the mask keeps to `count` lines.
-        true => unsafe { _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, start.add(k * lines.k_stride).cast())) },
-        false => _mm512_setzero_si512(),
-    };
-    for (i, words) in block.iter_mut().enumerate() {
-        *words = _mm512_or_si512(element(2 * i), _mm512_slli_epi32::<16>(element(2 * i + 1)));
+}
+
+/// Sixteen lines from `line` on, that run across K, along a k block from `k` on: a register for each word, zero where
+/// there is nothing.
+///
+/// # Safety
+/// If `WHOLE`, sixteen lines of a whole k block are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn load_across<const BF16: bool, const WHOLE: bool>(lines: &Lines, line: usize, k: usize) -> Block {
+    let lanes = if WHOLE { !0 } else { mask(lines.count.saturating_sub(line)) };
+    let is_there = |k: usize| WHOLE || k < lines.k;
+    let at = |k: usize| line * lines.line_stride + k * lines.k_stride;
+    match lines.data {
+        Numbers::F32(data) => {
+            let element = |k: usize| match is_there(k) {
+                // SAFETY: as promised, or the mask keeps to the lines that are there.
+                true => unsafe { _mm512_maskz_loadu_ps(lanes, data.as_ptr().wrapping_add(at(k))) },
+                false => _mm512_setzero_ps(),
+            };
+            std::array::from_fn(|i| match BF16 {
+                true => interleave(round_pair(element(k + 2 * i + 1), element(k + 2 * i))),
+                false => _mm512_castps_si512(element(k + i)),
+            })
+        }
+        Numbers::Bf16(data) => {
+            let element = |k: usize| match is_there(k) {
+                // SAFETY: as above.
+                true => unsafe {
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, data.as_ptr().wrapping_add(at(k)).cast()))
+                },
+                false => _mm512_setzero_si512(),
+            };
+            std::array::from_fn(|i| {
+                _mm512_or_si512(element(k + 2 * i), _mm512_slli_epi32::<16>(element(k + 2 * i + 1)))
+            })
+        }
     }
-    block
 }
 
 fn mask(lanes: usize) -> __mmask16 {
@@ -233,8 +329,8 @@ fn interleave(halves: __m512i) -> __m512i {
 /// Transposes sixteen by sixteen words.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: &mut Block) {
-    let mut turned = *rows;
+fn transpose(rows: Block) -> Block {
+    let [mut rows, mut turned] = [rows, rows];
     for i in 0..8 {
         turned[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
         turned[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
@@ -255,4 +351,5 @@ fn transpose(rows: &mut Block) {
         rows[i] = _mm512_shuffle_i32x4::<0x88>(turned[i], turned[i + 8]);
         rows[i + 8] = _mm512_shuffle_i32x4::<0xdd>(turned[i], turned[i + 8]);
     }
+    rows
 }
