@@ -5,7 +5,9 @@
 //! `cargo run --release -p moebius-kernels --example op_bench [threads]`; the last line is JSON.
 
 use moebius_kernels::attention::{self, AttentionShape, Saved};
+use moebius_kernels::gates::{self, Gate, GatedGradients, GatedSaved};
 use moebius_kernels::isa::Isa;
+use moebius_kernels::narrow::{Numbers, NumbersMut};
 use moebius_kernels::{activation, loss, norm, optimizer, rope, select};
 use std::time::Instant;
 
@@ -156,19 +158,24 @@ fn norms_and_activations(bench: &mut Bench) {
         |[dx, dweight]| norm::rms_norm_backward_reference(&dy, &x, &weight, &inv, dx, dweight),
     );
     let (gate_up, dout) = (numbers(4, 2 * m), numbers(5, m));
+    let gate = Gate::Silu;
     bench.add(
         "swiglu",
         Limit::Memory(12 * m),
         [vec![0.0; m]],
-        |[out]| activation::swiglu(&gate_up, EXPERT_WIDTH, out),
-        |[out]| activation::swiglu_reference(&gate_up, EXPERT_WIDTH, out),
+        |[out]| gates::gated(gate, &gate_up, EXPERT_WIDTH, out),
+        |[out]| out.copy_from_slice(&gates::gated_reference(gate, &gate_up, EXPERT_WIDTH, &dout)[0]),
     );
+    let saved = GatedSaved { gate, f: EXPERT_WIDTH, gate_up: Numbers::F32(&gate_up), factors: None, dropout: None };
     bench.add(
         "swiglu_backward",
         Limit::Memory(20 * m),
         [vec![0.0; 2 * m]],
-        |[dgate_up]| activation::swiglu_backward(&dout, &gate_up, EXPERT_WIDTH, dgate_up),
-        |[dgate_up]| activation::swiglu_backward_reference(&dout, &gate_up, EXPERT_WIDTH, dgate_up),
+        |[dgate_up]| {
+            let dgate_up = NumbersMut::F32(dgate_up);
+            gates::gated_backward(&saved, &dout, GatedGradients { dgate_up, out: None, dfactors: None });
+        },
+        |[dgate_up]| dgate_up.copy_from_slice(&gates::gated_reference(gate, &gate_up, EXPERT_WIDTH, &dout)[1]),
     );
     bench.add(
         "softmax_rows (8 experts)",

@@ -1,105 +1,10 @@
-//! Pointwise and row-wise non-linearities: SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer"), softmax, exp.
-//!
-//! Legend: `rows` tokens or assignments, `f` the width of the feed-forward layer.
+//! Pointwise and row-wise non-linearities: softmax, exp.
 
 use crate::isa::Isa;
 use crate::parallel::DisjointMut;
-use crate::simd::math::{self, largest, sigmoid, sum_of_products};
+use crate::simd::math::{self, largest, sum_of_products};
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
 use crate::tasks::{for_each_block, rows as rows_of, rows_mut};
-
-/// `out = silu(gate) * up`, where a row of `gate_up` holds the `f` gates, then the `f` ups.
-///
-/// # Shapes
-/// `gate_up` `[rows, 2 f]`, `out` `[rows, f]`.
-pub fn swiglu(gate_up: &[f32], f: usize, out: &mut [f32]) {
-    swiglu_on(Isa::current(), gate_up, f, out);
-}
-
-fn swiglu_on(isa: Isa, gate_up: &[f32], f: usize, out: &mut [f32]) {
-    assert_eq!(gate_up.len(), 2 * out.len());
-    let rows = out.len() / f.max(1);
-    assert_eq!(out.len(), rows * f);
-    let out = DisjointMut::new(out);
-    for_each_block(rows, 2 * f, |rows| {
-        // SAFETY: blocks of rows are disjoint.
-        dispatch(isa, Swiglu { gate_up: rows_of(gate_up, &rows, 2 * f), f, out: unsafe { rows_mut(&out, &rows, f) } });
-    });
-}
-
-struct Swiglu<'a> {
-    gate_up: &'a [f32],
-    f: usize,
-    out: &'a mut [f32],
-}
-
-impl Kernel for Swiglu<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        for (gate_up, out) in self.gate_up.chunks_exact(2 * self.f).zip(self.out.chunks_exact_mut(self.f)) {
-            let (gate, up) = gate_up.split_at(self.f);
-            for ((gate, up), out) in gate.chunks(LANES).zip(up.chunks(LANES)).zip(out.chunks_mut(LANES)) {
-                let gate = Lanes::load_any(simd, gate, 0.0);
-                (gate * sigmoid(gate) * Lanes::load_any(simd, up, 0.0)).store_any(out);
-            }
-        }
-    }
-}
-
-/// The gradient of [`swiglu`]; overwrites `dgate_up`.
-///
-/// # Shapes
-/// `dout` `[rows, f]`, `gate_up`, `dgate_up` `[rows, 2 f]`.
-pub fn swiglu_backward(dout: &[f32], gate_up: &[f32], f: usize, dgate_up: &mut [f32]) {
-    swiglu_backward_on(Isa::current(), dout, gate_up, f, dgate_up);
-}
-
-fn swiglu_backward_on(isa: Isa, dout: &[f32], gate_up: &[f32], f: usize, dgate_up: &mut [f32]) {
-    assert_eq!(gate_up.len(), 2 * dout.len());
-    assert_eq!(gate_up.len(), dgate_up.len());
-    let rows = dout.len() / f.max(1);
-    assert_eq!(dout.len(), rows * f);
-    let dgate_up = DisjointMut::new(dgate_up);
-    for_each_block(rows, 3 * f, |rows| {
-        // SAFETY: blocks of rows are disjoint.
-        let dgate_up = unsafe { rows_mut(&dgate_up, &rows, 2 * f) };
-        let (dout, gate_up) = (rows_of(dout, &rows, f), rows_of(gate_up, &rows, 2 * f));
-        dispatch(isa, SwigluBackward { dout, gate_up, f, dgate_up });
-    });
-}
-
-struct SwigluBackward<'a> {
-    dout: &'a [f32],
-    gate_up: &'a [f32],
-    f: usize,
-    dgate_up: &'a mut [f32],
-}
-
-impl Kernel for SwigluBackward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { dout, gate_up, f, dgate_up } = self;
-        let one = Lanes::splat(simd, 1.0);
-        let rows = dout.chunks_exact(f).zip(gate_up.chunks_exact(2 * f)).zip(dgate_up.chunks_exact_mut(2 * f));
-        for ((dout, gate_up), dgate_up) in rows {
-            let (gate, up) = gate_up.split_at(f);
-            let (dgate, dup) = dgate_up.split_at_mut(f);
-            let inputs = dout.chunks(LANES).zip(gate.chunks(LANES)).zip(up.chunks(LANES));
-            let outputs = dgate.chunks_mut(LANES).zip(dup.chunks_mut(LANES));
-            for (((dout, gate), up), (dgate, dup)) in inputs.zip(outputs) {
-                let gate = Lanes::load_any(simd, gate, 0.0);
-                let open = sigmoid(gate);
-                let slope = Lanes::load_any(simd, dout, 0.0) * open;
-                (slope * Lanes::load_any(simd, up, 0.0) * gate.fma(one - open, one)).store_any(dgate);
-                (slope * gate).store_any(dup);
-            }
-        }
-    }
-}
 
 /// Softmax of each row of `cols` numbers, in place. A row of `-inf` alone becomes NaN.
 ///
@@ -217,33 +122,6 @@ pub fn exp_reference(x: &mut [f32]) {
     x.iter_mut().for_each(|v| *v = v.exp());
 }
 
-/// The plain loop that [`swiglu`] is compared with.
-pub fn swiglu_reference(gate_up: &[f32], f: usize, out: &mut [f32]) {
-    assert_eq!(gate_up.len(), 2 * out.len());
-    for (gate_up, out) in gate_up.chunks_exact(2 * f).zip(out.chunks_exact_mut(f)) {
-        let (gate, up) = gate_up.split_at(f);
-        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate / (1.0 + (-gate).exp()) * up;
-        }
-    }
-}
-
-/// The plain loop that [`swiglu_backward`] is compared with.
-pub fn swiglu_backward_reference(dout: &[f32], gate_up: &[f32], f: usize, dgate_up: &mut [f32]) {
-    assert_eq!(gate_up.len(), 2 * dout.len());
-    assert_eq!(gate_up.len(), dgate_up.len());
-    let rows = dout.chunks_exact(f).zip(gate_up.chunks_exact(2 * f)).zip(dgate_up.chunks_exact_mut(2 * f));
-    for ((dout, gate_up), dgate_up) in rows {
-        let (gate, up) = gate_up.split_at(f);
-        let (dgate, dup) = dgate_up.split_at_mut(f);
-        for i in 0..f {
-            let sigmoid = 1.0 / (1.0 + (-gate[i]).exp());
-            dgate[i] = dout[i] * up[i] * sigmoid * (1.0 + gate[i] * (1.0 - sigmoid));
-            dup[i] = dout[i] * gate[i] * sigmoid;
-        }
-    }
-}
-
 /// The plain loop that [`softmax_rows`] is compared with.
 pub fn softmax_rows_reference(x: &mut [f32], cols: usize) {
     for row in x.chunks_exact_mut(cols) {
@@ -274,22 +152,6 @@ mod tests {
     fn wide(seed: u64, count: usize) -> Vec<f32> {
         // A view that begins one number late is not aligned.
         numbers(seed, count + 1)[1..].iter().map(|x| 12.0 * x).collect()
-    }
-
-    #[test]
-    fn swiglu_is_the_reference() {
-        for (rows, f) in [(0, 3), (1, 1), (3, 15), (4, 16), (9, 33), (70, 512)] {
-            let (gate_up, dout) = (wide(1, 2 * rows * f), wide(2, rows * f));
-            let (mut out, mut dgate_up) = (vec![0.0; rows * f], vec![0.0; 2 * rows * f]);
-            swiglu_reference(&gate_up, f, &mut out);
-            swiglu_backward_reference(&dout, &gate_up, f, &mut dgate_up);
-            check(&[out, dgate_up], 2e-6, |isa| {
-                let (mut out, mut dgate_up) = (vec![0.0; rows * f], vec![f32::NAN; 2 * rows * f]);
-                swiglu_on(isa, &gate_up, f, &mut out);
-                swiglu_backward_on(isa, &dout, &gate_up, f, &mut dgate_up);
-                vec![out, dgate_up]
-            });
-        }
     }
 
     #[test]

@@ -2,10 +2,10 @@
 //!
 //! Legend: `rows` tokens or assignments, `f` the width of the feed-forward layer.
 
-use crate::activation::{swiglu, swiglu_backward};
 use crate::isa::Isa;
+use crate::narrow::{DisjointNumbers, Numbers, NumbersMut};
 use crate::parallel::DisjointMut;
-use crate::simd::math::sigmoid;
+use crate::simd::math::{sigmoid, tanh};
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
 use crate::tasks::{for_each_block, rows as rows_of, rows_mut};
 
@@ -31,111 +31,294 @@ pub enum Gate {
 /// # Shapes
 /// `gate_up` `[rows, 2 f]`, `out` `[rows, f]`.
 pub fn gated(gate: Gate, gate_up: &[f32], f: usize, out: &mut [f32]) {
-    let act: fn(f32, f32) -> f32 = match gate {
-        Gate::Silu => return swiglu(gate_up, f, out),
-        Gate::Clamped { alpha, limit } => return clamped_on(Isa::current(), [alpha, limit], gate_up, f, out),
-        Gate::GeluTanh => |gate, up| gelu(gate).0 * up,
-    };
+    gated_on(Isa::current(), gate, gate_up, f, out);
+}
+
+fn gated_on(isa: Isa, gate: Gate, gate_up: &[f32], f: usize, out: &mut [f32]) {
     assert_eq!(gate_up.len(), 2 * out.len());
+    let rows = out.len() / f.max(1);
+    assert_eq!(out.len(), rows * f);
     let out = DisjointMut::new(out);
-    for_each_block(gate_up.len() / (2 * f).max(1), 64 * f, |rows| {
+    for_each_block(rows, 2 * f, |rows| {
+        let gate_up = rows_of(gate_up, &rows, 2 * f);
         // SAFETY: blocks of rows are disjoint.
         let out = unsafe { rows_mut(&out, &rows, f) };
-        for (gate_up, out) in rows_of(gate_up, &rows, 2 * f).chunks_exact(2 * f).zip(out.chunks_exact_mut(f)) {
-            let (gate, up) = gate_up.split_at(f);
-            out.iter_mut().zip(gate).zip(up).for_each(|((out, &gate), &up)| *out = act(gate, up));
+        match gate {
+            Gate::Silu => dispatch(isa, Forward { form: Silu, gate_up, f, out }),
+            Gate::GeluTanh => dispatch(isa, Forward { form: GeluTanh, gate_up, f, out }),
+            Gate::Clamped { alpha, limit } => {
+                dispatch(isa, Forward { form: Clamped { alpha, limit }, gate_up, f, out });
+            }
         }
     });
 }
 
-/// The gradient of [`gated`]; overwrites `dgate_up`.
+/// What the backward of `factor * dropout * act(gate, up)` reads.
+#[derive(Clone, Copy)]
+pub struct GatedSaved<'a> {
+    /// What the forward did.
+    pub gate: Gate,
+    /// The width.
+    pub f: usize,
+    /// The forward's `[rows, 2 f]`.
+    pub gate_up: Numbers<'a>,
+    /// What each row was multiplied with, `[rows]`; nothing is one.
+    pub factors: Option<&'a [f32]>,
+    /// What each number was multiplied with, `[rows, f]`; nothing is one.
+    pub dropout: Option<&'a [f32]>,
+}
+
+/// Where the backward's results go; all are overwritten.
+pub struct GatedGradients<'a> {
+    /// `[rows, 2 f]`.
+    pub dgate_up: NumbersMut<'a>,
+    /// What the forward answered, again, `[rows, f]`, if wanted.
+    pub out: Option<NumbersMut<'a>>,
+    /// The gradients of the factors, `[rows]`, if wanted.
+    pub dfactors: Option<&'a mut [f32]>,
+}
+
+/// The gradient of `out = factor * dropout * act(gate, up)`, and `out` again: one pass over what is there.
 ///
 /// # Shapes
-/// `dout` `[rows, f]`, `gate_up`, `dgate_up` `[rows, 2 f]`.
-pub fn gated_backward(gate: Gate, dout: &[f32], gate_up: &[f32], f: usize, dgate_up: &mut [f32]) {
-    if gate == Gate::Silu {
-        return swiglu_backward(dout, gate_up, f, dgate_up);
-    }
-    assert_eq!((gate_up.len(), dgate_up.len()), (2 * dout.len(), 2 * dout.len()));
-    let dgate_up = DisjointMut::new(dgate_up);
-    for_each_block(gate_up.len() / (2 * f).max(1), 64 * f, |rows| {
+/// `dout` `[rows, f]`.
+pub fn gated_backward(saved: &GatedSaved<'_>, dout: &[f32], gradients: GatedGradients<'_>) {
+    gated_backward_on(Isa::current(), saved, dout, gradients);
+}
+
+fn gated_backward_on(isa: Isa, saved: &GatedSaved<'_>, dout: &[f32], gradients: GatedGradients<'_>) {
+    let f = saved.f;
+    let rows = dout.len() / f.max(1);
+    let GatedGradients { dgate_up, out, dfactors } = gradients;
+    assert_eq!(dout.len(), rows * f, "slopes of whole rows");
+    assert_eq!([saved.gate_up.len(), dgate_up.len()], [2 * rows * f; 2], "gates and ups, and their gradients");
+    assert!(saved.factors.is_none_or(|factors| factors.len() == rows), "a factor a row");
+    assert!(dfactors.as_ref().is_none_or(|dfactors| dfactors.len() == rows), "the gradient of a factor a row");
+    assert!(saved.dropout.is_none_or(|dropout| dropout.len() == rows * f), "dropout of every number");
+    assert!(out.as_ref().is_none_or(|out| out.len() == rows * f), "the answers of all rows");
+    let (dgate_up, out) = (DisjointNumbers::new(dgate_up), out.map(DisjointNumbers::new));
+    let dfactors = dfactors.map(DisjointMut::new);
+    for_each_block(rows, 4 * f, |rows| {
+        let (inside, twice) = (rows.start * f..rows.end * f, rows.start * 2 * f..rows.end * 2 * f);
+        let saved = GatedSaved {
+            gate_up: saved.gate_up.part(twice.clone()),
+            factors: saved.factors.map(|factors| &factors[rows.clone()]),
+            dropout: saved.dropout.map(|dropout| &dropout[inside.clone()]),
+            ..*saved
+        };
         // SAFETY: blocks of rows are disjoint.
-        let dgate_up = unsafe { rows_mut(&dgate_up, &rows, 2 * f) };
-        let inputs = rows_of(dout, &rows, f).chunks_exact(f).zip(rows_of(gate_up, &rows, 2 * f).chunks_exact(2 * f));
-        for ((dout, gate_up), d) in inputs.zip(dgate_up.chunks_exact_mut(2 * f)) {
-            for i in 0..f {
-                let [dgate, dup] = gate.slopes(gate_up[i], gate_up[f + i]);
-                (d[i], d[f + i]) = (dout[i] * dgate, dout[i] * dup);
+        let gradients = unsafe {
+            GatedGradients {
+                dgate_up: dgate_up.range(twice),
+                out: out.as_ref().map(|out| out.range(inside.clone())),
+                dfactors: dfactors.as_ref().map(|dfactors| dfactors.range(rows)),
+            }
+        };
+        let dout = &dout[inside];
+        match saved.gate {
+            Gate::Silu => dispatch(isa, Backward { form: Silu, saved, dout, gradients }),
+            Gate::GeluTanh => dispatch(isa, Backward { form: GeluTanh, saved, dout, gradients }),
+            Gate::Clamped { alpha, limit } => {
+                dispatch(isa, Backward { form: Clamped { alpha, limit }, saved, dout, gradients });
             }
         }
     });
 }
 
-impl Gate {
-    /// The slopes by gate and by up.
-    fn slopes(self, gate: f32, up: f32) -> [f32; 2] {
-        let logistic = |x: f32| 1.0 / (1.0 + (-x).exp());
-        match self {
-            Self::Silu => {
-                let open = logistic(gate);
-                [up * open * (1.0 + gate * (1.0 - open)), gate * open]
-            }
-            Self::GeluTanh => {
-                let (value, slope) = gelu(gate);
-                [up * slope, value]
-            }
-            Self::Clamped { alpha, limit } => {
-                let (g, u) = (gate.min(limit), up.clamp(-limit, limit));
-                let open = logistic(alpha * g);
-                // Where something is cut, its slope is zero; at the border itself it passes, as in torch.
-                let dgate = if gate <= limit { (u + 1.0) * open * (1.0 + alpha * g * (1.0 - open)) } else { 0.0 };
-                [dgate, if up.abs() <= limit { g * open } else { 0.0 }]
-            }
-        }
+/// A gate's formula.
+trait Form: Copy {
+    fn value<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> Lanes<S>;
+    /// The value, and its slopes by gate and by up.
+    fn slopes<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> [Lanes<S>; 3];
+}
+
+#[derive(Clone, Copy)]
+struct Silu;
+
+impl Form for Silu {
+    #[inline(always)]
+    fn value<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> Lanes<S> {
+        gate * sigmoid(gate) * up
+    }
+
+    #[inline(always)]
+    fn slopes<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> [Lanes<S>; 3] {
+        let one = Lanes::splat(gate.simd, 1.0);
+        let open = sigmoid(gate);
+        let silu = gate * open;
+        [silu * up, open * up * gate.fma(one - open, one), silu]
+    }
+}
+
+#[derive(Clone, Copy)]
+struct GeluTanh;
+
+impl Form for GeluTanh {
+    #[inline(always)]
+    fn value<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> Lanes<S> {
+        let [gelu, _] = gelu(gate);
+        gelu * up
+    }
+
+    #[inline(always)]
+    fn slopes<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> [Lanes<S>; 3] {
+        let [gelu, slope] = gelu(gate);
+        [gelu * up, slope * up, gelu]
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Clamped {
+    alpha: f32,
+    limit: f32,
+}
+
+impl Clamped {
+    /// Gate and up, cut, and how far the gate is open.
+    #[inline(always)]
+    fn parts<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> [Lanes<S>; 3] {
+        let splat = |x| Lanes::splat(gate.simd, x);
+        let gate = gate.min(splat(self.limit));
+        [gate, up.min(splat(self.limit)).max(splat(-self.limit)), sigmoid(splat(self.alpha) * gate)]
+    }
+}
+
+impl Form for Clamped {
+    #[inline(always)]
+    fn value<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> Lanes<S> {
+        let [gate, up, open] = self.parts(gate, up);
+        (up + Lanes::splat(gate.simd, 1.0)) * gate * open
+    }
+
+    #[inline(always)]
+    fn slopes<S: Simd>(self, gate: Lanes<S>, up: Lanes<S>) -> [Lanes<S>; 3] {
+        let splat = |x| Lanes::splat(gate.simd, x);
+        let (zero, one, limit, alpha) = (splat(0.0), splat(1.0), splat(self.limit), splat(self.alpha));
+        let [g, u, open] = self.parts(gate, up);
+        let raised = u + one;
+        let dgate = raised * open * (alpha * g).fma(one - open, one);
+        // Where something is cut, its slope is zero; at the border itself it passes, as in torch.
+        let dgate = limit.select_less(gate, zero, dgate);
+        let dup = limit.select_less(up.abs(), zero, g * open);
+        [raised * g * open, dgate, dup]
     }
 }
 
 /// gelu by its tanh form, and its slope.
-fn gelu(x: f32) -> (f32, f32) {
+#[inline(always)]
+fn gelu<S: Simd>(x: Lanes<S>) -> [Lanes<S>; 2] {
     const ROOT: f32 = 0.797_884_6;
     const CUBIC: f32 = 0.044_715;
-    let tanh = (ROOT * (x + CUBIC * x * x * x)).tanh();
-    let slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * ROOT * (1.0 + 3.0 * CUBIC * x * x);
-    (0.5 * x * (1.0 + tanh), slope)
+    let splat = |value| Lanes::splat(x.simd, value);
+    let (one, half) = (splat(1.0), splat(0.5));
+    let square = x * x;
+    let tanh = tanh(splat(ROOT) * x * square.fma(splat(CUBIC), one));
+    let opened = half * (tanh + one);
+    let steepness = splat(ROOT) * square.fma(splat(3.0 * CUBIC), one);
+    [x * opened, (half * x * (one - tanh * tanh)).fma(steepness, opened)]
 }
 
-fn clamped_on(isa: Isa, constants: [f32; 2], gate_up: &[f32], f: usize, out: &mut [f32]) {
-    assert_eq!(gate_up.len(), 2 * out.len());
-    let out = DisjointMut::new(out);
-    for_each_block(gate_up.len() / (2 * f).max(1), 2 * f, |rows| {
-        let gate_up = rows_of(gate_up, &rows, 2 * f);
-        // SAFETY: blocks of rows are disjoint.
-        dispatch(isa, Clamped { constants, gate_up, f, out: unsafe { rows_mut(&out, &rows, f) } });
-    });
-}
-
-struct Clamped<'a> {
-    /// alpha, limit
-    constants: [f32; 2],
+struct Forward<'a, F> {
+    form: F,
     gate_up: &'a [f32],
     f: usize,
     out: &'a mut [f32],
 }
 
-impl Kernel for Clamped<'_> {
+impl<F: Form> Kernel for Forward<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let splat = |x| Lanes::splat(simd, x);
-        let [alpha, limit] = self.constants;
-        let (alpha, limit, least, one) = (splat(alpha), splat(limit), splat(-limit), splat(1.0));
         for (gate_up, out) in self.gate_up.chunks_exact(2 * self.f).zip(self.out.chunks_exact_mut(self.f)) {
             let (gate, up) = gate_up.split_at(self.f);
             for ((gate, up), out) in gate.chunks(LANES).zip(up.chunks(LANES)).zip(out.chunks_mut(LANES)) {
-                let gate = Lanes::load_any(simd, gate, 0.0).min(limit);
-                let up = Lanes::load_any(simd, up, 0.0).min(limit).max(least);
-                ((up + one) * gate * sigmoid(alpha * gate)).store_any(out);
+                let [gate, up] = [gate, up].map(|x| Lanes::load_any(simd, x, 0.0));
+                self.form.value(gate, up).store_any(out);
+            }
+        }
+    }
+}
+
+struct Backward<'a, F> {
+    form: F,
+    saved: GatedSaved<'a>,
+    dout: &'a [f32],
+    gradients: GatedGradients<'a>,
+}
+
+impl<F: Form> Kernel for Backward<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { form, saved: GatedSaved { f, gate_up, factors, dropout, .. }, dout, mut gradients } = self;
+        for row in 0..dout.len() / f.max(1) {
+            let factor = Lanes::splat(simd, factors.map_or(1.0, |factors| factors[row]));
+            let mut dfactor = Lanes::splat(simd, 0.0);
+            for first in (0..f).step_by(LANES) {
+                let last = f.min(first + LANES);
+                let at = |start: usize| start + first..start + last;
+                let (inside, gates, ups) = (at(row * f), at(row * 2 * f), at((row * 2 + 1) * f));
+                let [mut value, dgate, dup] =
+                    form.slopes(gate_up.lanes(simd, gates.clone()), gate_up.lanes(simd, ups.clone()));
+                let slope = Lanes::load_any(simd, &dout[inside.clone()], 0.0);
+                let mut share = factor;
+                if let Some(dropout) = dropout {
+                    let kept = Lanes::load_any(simd, &dropout[inside.clone()], 0.0);
+                    (value, share) = (value * kept, share * kept);
+                }
+                dfactor = value.fma(slope, dfactor);
+                if let Some(out) = &mut gradients.out {
+                    out.set_lanes(inside, value * factor);
+                }
+                let slope = slope * share;
+                gradients.dgate_up.set_lanes(gates, slope * dgate);
+                gradients.dgate_up.set_lanes(ups, slope * dup);
+            }
+            if let Some(dfactors) = &mut gradients.dfactors {
+                dfactors[row] = dfactor.sum();
+            }
+        }
+    }
+}
+
+/// The plain loops that [`gated`] and [`gated_backward`] are compared with: `[rows, f]` and `[rows, 2 f]`.
+pub fn gated_reference(gate: Gate, gate_up: &[f32], f: usize, dout: &[f32]) -> [Vec<f32>; 2] {
+    let (mut out, mut dgate_up) = (Vec::new(), Vec::new());
+    for (gate_up, dout) in gate_up.chunks_exact(2 * f).zip(dout.chunks_exact(f)) {
+        let values = (0..f).map(|i| gate.value_and_slopes(gate_up[i].into(), gate_up[f + i].into()));
+        let values: Vec<[f64; 3]> = values.collect();
+        out.extend(values.iter().map(|v| v[0] as f32));
+        for slope in [1, 2] {
+            dgate_up.extend(values.iter().zip(dout).map(|(v, &d)| (v[slope] * f64::from(d)) as f32));
+        }
+    }
+    [out, dgate_up]
+}
+
+impl Gate {
+    /// The definition.
+    fn value_and_slopes(self, gate: f64, up: f64) -> [f64; 3] {
+        let logistic = |x: f64| 1.0 / (1.0 + (-x).exp());
+        match self {
+            Self::Silu => {
+                let open = logistic(gate);
+                [gate * open * up, up * open * (1.0 + gate * (1.0 - open)), gate * open]
+            }
+            Self::GeluTanh => {
+                let (root, cubic) = ((2.0 / std::f64::consts::PI).sqrt(), 0.044_715);
+                let tanh = (root * (gate + cubic * gate.powi(3))).tanh();
+                let opened = 0.5 * (1.0 + tanh);
+                let slope = opened + 0.5 * gate * (1.0 - tanh * tanh) * root * (1.0 + 3.0 * cubic * gate * gate);
+                [gate * opened * up, up * slope, gate * opened]
+            }
+            Self::Clamped { alpha, limit } => {
+                let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+                let (g, u) = (gate.min(limit), up.clamp(-limit, limit));
+                let open = logistic(alpha * g);
+                let dgate = if gate <= limit { (u + 1.0) * open * (1.0 + alpha * g * (1.0 - open)) } else { 0.0 };
+                [(u + 1.0) * g * open, dgate, if up.abs() <= limit { g * open } else { 0.0 }]
             }
         }
     }
@@ -144,23 +327,30 @@ impl Kernel for Clamped<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::narrow::{narrow, widen};
     use crate::testing::{check, numbers};
 
-    const CLAMPED: Gate = Gate::Clamped { alpha: 1.702, limit: 2.0 };
+    const GATES: [Gate; 3] = [Gate::Silu, Gate::GeluTanh, Gate::Clamped { alpha: 1.702, limit: 2.0 }];
+
+    fn wide(seed: u64, len: usize) -> Vec<f32> {
+        numbers(seed, len).iter().map(|x| 4.0 * x).collect()
+    }
 
     #[test]
-    fn clamped_is_the_definition_on_every_instruction_set() {
-        for (rows, f) in [(0, 3), (1, 1), (3, 15), (9, 33)] {
-            let gate_up: Vec<f32> = numbers(1, 2 * rows * f).iter().map(|x| 4.0 * x).collect();
-            let wanted: Vec<f32> = (gate_up.chunks_exact(2 * f))
-                .flat_map(|row| (0..f).map(|i| (row[i].min(2.0), row[f + i].clamp(-2.0, 2.0))).collect::<Vec<_>>())
-                .map(|(g, u)| (u + 1.0) * g / (1.0 + (-1.702 * g).exp()))
-                .collect();
-            check(&[wanted], 2e-6, |isa| {
-                let mut out = vec![f32::NAN; rows * f];
-                clamped_on(isa, [1.702, 2.0], &gate_up, f, &mut out);
-                vec![out]
-            });
+    fn every_gate_is_its_definition_on_every_instruction_set() {
+        for (rows, f) in [(0, 3), (1, 1), (3, 15), (4, 16), (9, 33), (70, 512)] {
+            for gate in GATES {
+                let (gate_up, dout) = (wide(1, 2 * rows * f), wide(2, rows * f));
+                check(&gated_reference(gate, &gate_up, f, &dout), 2e-5, |isa| {
+                    let (mut out, mut dgate_up) = (vec![f32::NAN; rows * f], vec![f32::NAN; 2 * rows * f]);
+                    gated_on(isa, gate, &gate_up, f, &mut out);
+                    let saved = GatedSaved { gate, f, gate_up: Numbers::F32(&gate_up), factors: None, dropout: None };
+                    let dgate_up_room = NumbersMut::F32(&mut dgate_up);
+                    let gradients = GatedGradients { dgate_up: dgate_up_room, out: None, dfactors: None };
+                    gated_backward_on(isa, &saved, &dout, gradients);
+                    vec![out, dgate_up]
+                });
+            }
         }
     }
 
@@ -171,27 +361,45 @@ mod tests {
         assert!((out[0] - 2.0 * 0.841_192).abs() < 1e-5 && (out[1] + 3.0 * 0.158_808).abs() < 1e-5, "{out:?}");
     }
 
+    /// With factors and dropout, from f32 and from bf16, into f32 and into bf16.
     #[test]
-    fn gradients_are_the_slopes() {
-        for gate in [Gate::Silu, Gate::GeluTanh, CLAMPED] {
-            let gate_up: Vec<f32> = numbers(1, 24).iter().map(|x| 3.0 * x).collect();
-            let dout = numbers(2, 12);
-            let value = |gate_up: &[f32]| -> f64 {
-                let mut out = vec![0.0; 12];
-                gated(gate, gate_up, 4, &mut out);
-                out.iter().zip(&dout).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
-            };
-            let mut found = vec![f32::NAN; 24];
-            gated_backward(gate, &dout, &gate_up, 4, &mut found);
-            let step = 1.0 / 512.0;
-            for i in 0..24 {
-                let moved = |by: f32| {
-                    let mut moved = gate_up.clone();
-                    moved[i] += by;
-                    value(&moved)
-                };
-                let slope = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
-                assert!((slope - f64::from(found[i])).abs() < 5e-3 * (1.0 + slope.abs()), "{gate:?} {i}");
+    fn factors_and_dropout_pass_through() {
+        let (rows, f) = (5, 19);
+        let (factors, dout) = (numbers(3, rows), wide(2, rows * f));
+        let dropout: Vec<f32> = (0..rows * f).map(|i| [0.0, 1.25][usize::from(i % 3 > 0)]).collect();
+        let mut rounded = vec![0; 2 * rows * f];
+        narrow(&wide(1, 2 * rows * f), &mut rounded);
+        let mut gate_up = vec![0.0; 2 * rows * f];
+        widen(&rounded, &mut gate_up);
+        for gate in GATES {
+            let [plain, slopes] = gated_reference(gate, &gate_up, f, &vec![1.0; rows * f]);
+            let dropped: Vec<f32> = plain.iter().zip(&dropout).map(|(x, kept)| x * kept).collect();
+            let out = (0..rows * f).map(|i| dropped[i] * factors[i / f]).collect();
+            let dfactors = (0..rows).map(|row| (row * f..(row + 1) * f).map(|i| dout[i] * dropped[i]).sum()).collect();
+            let dgate_up = (0..2 * rows * f)
+                .map(|i| (i / (2 * f), i / (2 * f) * f + i % f, i))
+                .map(|(row, inside, i)| slopes[i] * dout[inside] * factors[row] * dropout[inside])
+                .collect();
+            let wanted: [Vec<f32>; 3] = [out, dfactors, dgate_up];
+            for gate_up in [Numbers::F32(&gate_up), Numbers::Bf16(&rounded)] {
+                let saved = GatedSaved { gate, f, gate_up, factors: Some(&factors), dropout: Some(&dropout) };
+                check(&wanted, 2e-5, |isa| {
+                    let mut found = wanted.clone().map(|of| vec![f32::NAN; of.len()]);
+                    let [out, dfactors, dgate_up] = &mut found;
+                    let (dgate_up, out) = (NumbersMut::F32(dgate_up), Some(NumbersMut::F32(out)));
+                    let gradients = GatedGradients { dgate_up, out, dfactors: Some(dfactors) };
+                    gated_backward_on(isa, &saved, &dout, gradients);
+                    found.to_vec()
+                });
+                let [mut out, mut dgate_up] = [vec![0; rows * f], vec![0; 2 * rows * f]];
+                let room = (NumbersMut::Bf16(&mut dgate_up), Some(NumbersMut::Bf16(&mut out)));
+                gated_backward(&saved, &dout, GatedGradients { dgate_up: room.0, out: room.1, dfactors: None });
+                for (found, wanted) in [(out, &wanted[0]), (dgate_up, &wanted[2])] {
+                    let mut back = vec![0.0; found.len()];
+                    widen(&found, &mut back);
+                    let near = |(x, wanted): (&f32, &f32)| (x - wanted).abs() <= wanted.abs() / 200.0 + 2e-5;
+                    assert!(back.iter().zip(wanted).all(near));
+                }
             }
         }
     }

@@ -347,7 +347,7 @@ fn score_gradients<S: Simd>(
             Some(cap) => {
                 // The slope of a capped score: 1 − tanh².
                 let (one, cap) = (splat(1.0), splat(cap));
-                let score = capped(products * scale, cap, one);
+                let score = capped(products * scale, cap);
                 let share = score / cap;
                 (exp_nonpositive(score - splat(log_sum)), (one - share * share) * scale)
             }

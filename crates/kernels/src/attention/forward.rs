@@ -13,7 +13,7 @@ use super::tile::{Element, Left, Product, Right, TILE_ROWS};
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
-use crate::simd::math::{exp, exp_nonpositive};
+use crate::simd::math::{exp_nonpositive, tanh};
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
 use crate::tasks::for_each_task;
 use std::ops::Range;
@@ -311,7 +311,7 @@ fn exponentiate<S: Simd>(
             if v * LANES < visible.end {
                 let mut scaled = Lanes::load(simd, scores) * scale;
                 if let Some(cap) = shape.soft_cap {
-                    scaled = capped(scaled, splat(cap), splat(1.0));
+                    scaled = capped(scaled, splat(cap));
                 }
                 if *visible != (0..KEY_BLOCK) {
                     let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
@@ -354,10 +354,8 @@ fn exponentiate<S: Simd>(
 
 /// `cap * tanh(x / cap)`.
 #[inline(always)]
-pub(super) fn capped<S: Simd>(x: Lanes<S>, cap: Lanes<S>, one: Lanes<S>) -> Lanes<S> {
-    // tanh(y) = 1 − 2 / (exp(2 y) + 1)
-    let e = exp((x + x) / cap);
-    cap * (one - (one + one) / (e + one))
+pub(super) fn capped<S: Simd>(x: Lanes<S>, cap: Lanes<S>) -> Lanes<S> {
+    cap * tanh(x / cap)
 }
 
 /// `mixed[row] += Σ weights[row][key] * values[key]` over the keys that the row sees, in ascending order.

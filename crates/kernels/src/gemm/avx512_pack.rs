@@ -4,8 +4,8 @@
 use std::arch::x86_64::*;
 
 use super::kernels::Lines;
-use super::mat::Numbers;
 use super::packed::{BLOCK_WORDS, LANES};
+use crate::narrow::Numbers;
 
 /// Sixteen lines (or words) of sixteen words (or lines).
 type Block = [__m512i; LANES];

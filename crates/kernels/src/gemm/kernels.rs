@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use super::mat::Numbers;
 use super::packed::{BLOCK_WORDS, LANES};
 use super::{Mat, Precision, portable};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512};
 use crate::isa::Isa;
+use crate::narrow::Numbers;
 
 /// The functions of one instruction set and precision, and the block of rows that its kernel takes.
 pub(super) struct Kernels {

@@ -2,31 +2,7 @@
 
 use std::ops::Range;
 
-/// The numbers of a matrix.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Numbers<'a> {
-    F32(&'a [f32]),
-    /// The bits of bf16.
-    Bf16(&'a [u16]),
-}
-
-impl Numbers<'_> {
-    pub(super) fn len(&self) -> usize {
-        match self {
-            Self::F32(data) => data.len(),
-            Self::Bf16(data) => data.len(),
-        }
-    }
-
-    /// What stands from `start` on, or nothing if that is behind the end.
-    fn from(self, start: usize) -> Self {
-        let start = start.min(self.len());
-        match self {
-            Self::F32(data) => Self::F32(&data[start..]),
-            Self::Bf16(data) => Self::Bf16(&data[start..]),
-        }
-    }
-}
+use crate::narrow::Numbers;
 
 /// A matrix in a slice: element `(row, column)` stands at `row * row_stride + column * col_stride`; one stride is 1.
 #[derive(Clone, Copy, Debug)]
@@ -44,18 +20,14 @@ impl<'a> Mat<'a> {
     /// # Shapes
     /// `data` `[rows, cols]`.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self::whole(Numbers::F32(data), rows, cols)
+        Self::of(Numbers::F32(data), rows, cols)
     }
 
-    /// A whole row-major matrix of bf16, for products whose operands are rounded to them.
+    /// A whole row-major matrix; of bf16 for products whose operands are rounded to them.
     ///
     /// # Shapes
     /// `data` `[rows, cols]`.
-    pub fn bf16(data: &'a [u16], rows: usize, cols: usize) -> Self {
-        Self::whole(Numbers::Bf16(data), rows, cols)
-    }
-
-    fn whole(data: Numbers<'a>, rows: usize, cols: usize) -> Self {
+    pub fn of(data: Numbers<'a>, rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols, "a matrix of {rows} rows and {cols} columns");
         Self { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
@@ -99,7 +71,7 @@ impl<'a> Mat<'a> {
     #[must_use]
     pub fn row_range(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
-        Self { data: self.data.from(rows.start * self.row_stride), rows: rows.len(), ..self }
+        Self { data: from(self.data, rows.start * self.row_stride), rows: rows.len(), ..self }
     }
 
     /// The view of some of the columns.
@@ -107,4 +79,9 @@ impl<'a> Mat<'a> {
     pub fn col_range(self, cols: Range<usize>) -> Self {
         self.t().row_range(cols).t()
     }
+}
+
+/// What stands from `start` on, or nothing if that is behind the end.
+fn from(numbers: Numbers, start: usize) -> Numbers {
+    numbers.part(start.min(numbers.len())..numbers.len())
 }

@@ -5,6 +5,7 @@ use half::bf16;
 
 use super::*;
 use crate::isa::{Isa, with_isa};
+use crate::narrow::Numbers;
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -137,9 +138,15 @@ fn sources_of_bf16_give_the_bits_of_f32() {
             };
             let what = format!("{isa} [{m}, {k}] x [{k}, {n}]");
             let wanted = product(Mat::new(&a, m, k), Mat::new(&b, k, n));
-            assert!(product(Mat::bf16(&a16, m, k), Mat::bf16(&b16, k, n)) == wanted, "{what}");
+            assert!(
+                product(Mat::of(Numbers::Bf16(&a16), m, k), Mat::of(Numbers::Bf16(&b16), k, n)) == wanted,
+                "{what}"
+            );
             let wanted = product(Mat::new(&a, k, m).t(), Mat::new(&b, n, k).t());
-            assert!(product(Mat::bf16(&a16, k, m).t(), Mat::bf16(&b16, n, k).t()) == wanted, "{what}, transposed");
+            assert!(
+                product(Mat::of(Numbers::Bf16(&a16), k, m).t(), Mat::of(Numbers::Bf16(&b16), n, k).t()) == wanted,
+                "{what}, transposed"
+            );
         }
     });
 }
@@ -148,7 +155,7 @@ fn sources_of_bf16_give_the_bits_of_f32() {
 #[should_panic(expected = "rounded operands of a product in f32")]
 fn sources_of_bf16_are_not_for_f32() {
     let packed = Packed::pack(Precision::F32, Mat::new(&[1.0], 1, 1));
-    matmul_packed(Mat::bf16(&[0x3f80], 1, 1), &packed, &mut [0.0], Beta::Overwrite);
+    matmul_packed(Mat::of(Numbers::Bf16(&[0x3f80]), 1, 1), &packed, &mut [0.0], Beta::Overwrite);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Functions of sixteen lanes: the exponential and the logistic.
+//! Functions of sixteen lanes: the exponential, the logistic, the hyperbolic tangent.
 
 use super::{LANES, Lanes, Simd};
 
@@ -58,6 +58,13 @@ pub(crate) fn sigmoid<S: Simd>(x: Lanes<S>) -> Lanes<S> {
     let decay = exp_nonpositive(zero - x.abs());
     let numerator = x.select_less(zero, decay, splat(1.0));
     numerator / (decay + splat(1.0))
+}
+
+/// `tanh(x)`: absolute error below 3e-7.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+    let one = Lanes::splat(x.simd, 1.0);
+    one - (one + one) / (exp(x + x) + one)
 }
 
 /// `Σ a b`: four sums of sixteen lanes each, in an order that depends on the length alone.

@@ -12,6 +12,7 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use crate::gemm::bf16_of;
 use crate::isa::Isa;
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -34,6 +35,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn store(self, value: Self::Vector, to: &mut [f32; LANES]);
     /// Sixteen bf16, widened.
     fn load_bf16(self, from: &[u16; LANES]) -> Self::Vector;
+    /// Rounded to the nearest bf16, ties to even; a NaN stays one.
+    #[inline(always)]
+    fn store_bf16(self, value: Self::Vector, to: &mut [u16; LANES]) {
+        let mut lanes = [0.0; LANES];
+        self.store(value, &mut lanes);
+        *to = lanes.map(bf16_of);
+    }
     /// Sixteen signed bytes, as whole numbers.
     fn load_i8(self, from: &[i8; LANES]) -> Self::Vector;
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
@@ -72,6 +80,61 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let mut lanes = [0.0; LANES];
         self.store(value, &mut lanes);
         to.copy_from_slice(&lanes[..to.len()]);
+    }
+}
+
+/// What numbers are kept in.
+pub(crate) trait Number: bytemuck::Pod {
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> Lanes<S>;
+    fn store<S: Simd>(value: Lanes<S>, to: &mut [Self; LANES]);
+
+    /// Up to 16 numbers, whole vectors the short way; zeros beyond.
+    #[inline(always)]
+    fn load_any<S: Simd>(simd: S, from: &[Self]) -> Lanes<S> {
+        match from.try_into() {
+            Ok(whole) => Self::load(simd, whole),
+            Err(_) => {
+                let mut whole = [Self::zeroed(); LANES];
+                whole[..from.len()].copy_from_slice(from);
+                Self::load(simd, &whole)
+            }
+        }
+    }
+
+    /// As many lanes as `to` holds.
+    #[inline(always)]
+    fn store_any<S: Simd>(value: Lanes<S>, to: &mut [Self]) {
+        match to.try_into() {
+            Ok(whole) => Self::store(value, whole),
+            Err(_) => {
+                let mut whole = [Self::zeroed(); LANES];
+                Self::store(value, &mut whole);
+                to.copy_from_slice(&whole[..to.len()]);
+            }
+        }
+    }
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> Lanes<S> {
+        Lanes::load(simd, from)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(value: Lanes<S>, to: &mut [Self; LANES]) {
+        value.store(to);
+    }
+}
+
+/// The bits of a bf16.
+impl Number for u16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> Lanes<S> {
+        Lanes { simd, value: simd.load_bf16(from) }
+    }
+    #[inline(always)]
+    fn store<S: Simd>(value: Lanes<S>, to: &mut [Self; LANES]) {
+        value.simd.store_bf16(value.value, to);
     }
 }
 

@@ -2,9 +2,9 @@
 
 use super::chunks::{self, Chunk};
 use super::stored::{Source, Stored, StoredMut};
-use super::{ExpertBank, Inputs, Rows, Saved, of_expert, of_rows, product, thin};
-use moebius_kernels::gates;
-use moebius_kernels::gemm::{Beta, Mat, Precision, grouped_matmul_weight_gradient};
+use super::{ExpertBank, Inputs, Rows, Saved, of_expert, of_rows, product};
+use moebius_kernels::gates::{self, GatedGradients, GatedSaved};
+use moebius_kernels::gemm::{Beta, Precision, grouped_matmul_weight_gradient};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::select;
 use moebius_tensor::Backprop;
@@ -137,24 +137,22 @@ impl ExpertBank {
             dy.gather_into(hidden, tokens, dy_rows);
             let mut dinner = Buffer::scratch(count * width);
             product(dy_rows.matrix(hidden), &down_matrices[chunk.expert], &mut dinner);
-            gate_up.read(chunk.rows.start * 2 * width..chunk.rows.end * 2 * width, |gate_up| {
-                inner.write(count * width, |inner| {
-                    self.inner(gate_up, dropout, inner);
-                    if !self.weighs_input {
-                        let all: Vec<u32> = (0..count as u32).collect();
-                        select::gathered_dots(&dinner, width, &all, inner, dweights);
-                        scale_rows(&mut dinner, weights, width);
-                        scale_rows(inner, weights, width);
-                    }
-                });
-                thin(&mut dinner, dropout);
-                dgate_up.write(2 * count * width, |dgate_up| {
-                    gates::gated_backward(self.gate, &dinner, gate_up, width, dgate_up);
-                    if wants_input {
-                        product(Mat::new(dgate_up, count, 2 * width), &up_matrices[chunk.expert], dx_rows);
-                    }
-                });
-            });
+            let saved = GatedSaved {
+                gate: self.gate,
+                f: width,
+                gate_up: gate_up.numbers().part(chunk.rows.start * 2 * width..chunk.rows.end * 2 * width),
+                factors: (!self.weighs_input).then_some(weights),
+                dropout,
+            };
+            let gradients = GatedGradients {
+                dgate_up: dgate_up.room(),
+                out: Some(inner.room()),
+                dfactors: (!self.weighs_input).then_some(&mut **dweights),
+            };
+            gates::gated_backward(&saved, &dinner, gradients);
+            if wants_input {
+                product(dgate_up.matrix(2 * width), &up_matrices[chunk.expert], dx_rows);
+            }
             if let (Some([_, bias]), StoredMut::F32(dy_rows), false) = (&self.biases, &dy_rows, self.weighs_input) {
                 let bias = of_expert(bias.value().data(), chunk, hidden);
                 let of_bias = |dy: &[f32]| dy.iter().zip(bias).map(|(dy, bias)| dy * bias).sum::<f32>();

@@ -3,7 +3,7 @@
 use super::chunks::{self, Chunk};
 use moebius_kernels::gemm::{Mat, Precision};
 use moebius_kernels::memory::Buffer;
-use moebius_kernels::narrow::{narrow, widen};
+use moebius_kernels::narrow::{Numbers, NumbersMut, narrow, widen};
 use moebius_kernels::select;
 use std::ops::Range;
 
@@ -63,10 +63,16 @@ impl Stored {
 
     /// As the operand of a product, rows of `width` numbers.
     pub(super) fn matrix(&self, width: usize) -> Mat<'_> {
+        let all = self.numbers();
+        Mat::of(all, all.len() / width.max(1), width)
+    }
+
+    /// All of it, to be read.
+    pub(super) fn numbers(&self) -> Numbers<'_> {
         match self {
             Self::Nothing => unreachable!("rows that nobody reads"),
-            Self::F32(all) => Mat::new(all, all.len() / width.max(1), width),
-            Self::Bf16(all) => Mat::bf16(all, all.len() / width.max(1), width),
+            Self::F32(all) => Numbers::F32(all),
+            Self::Bf16(all) => Numbers::Bf16(all),
         }
     }
 
@@ -100,10 +106,20 @@ impl StoredMut<'_> {
 
     /// As the operand of a product, rows of `width` numbers.
     pub(super) fn matrix(&self, width: usize) -> Mat<'_> {
+        let rows = match self {
+            Self::Nothing => unreachable!("rows that nobody reads"),
+            Self::F32(rows) => Numbers::F32(rows),
+            Self::Bf16(rows) => Numbers::Bf16(rows),
+        };
+        Mat::of(rows, rows.len() / width.max(1), width)
+    }
+
+    /// The room itself.
+    pub(super) fn room(&mut self) -> NumbersMut<'_> {
         match self {
             Self::Nothing => unreachable!("rows that nobody reads"),
-            Self::F32(rows) => Mat::new(rows, rows.len() / width.max(1), width),
-            Self::Bf16(rows) => Mat::bf16(rows, rows.len() / width.max(1), width),
+            Self::F32(rows) => NumbersMut::F32(rows),
+            Self::Bf16(rows) => NumbersMut::Bf16(rows),
         }
     }
 }

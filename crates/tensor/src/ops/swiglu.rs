@@ -1,8 +1,9 @@
 //! Gated non-linearities: SwiGLU (Shazeer 2020) and its relatives.
 
 use crate::{Graph, Tensor, TensorError, Var};
-use moebius_kernels::gates::{self, Gate};
+use moebius_kernels::gates::{self, Gate, GatedGradients, GatedSaved};
 use moebius_kernels::memory::Buffer;
+use moebius_kernels::narrow::{Numbers, NumbersMut};
 
 /// silu(gate) * up of rows that hold gate, then up.
 ///
@@ -24,7 +25,10 @@ pub fn gated<'p>(g: &Graph<'p>, gate_up: &Var, gate: Gate) -> Result<Var, Tensor
     let input = gate_up.clone();
     Ok(g.record_from(&[gate_up], Tensor::new(&[rows, width], out), move |dy, back| {
         let mut dx = Buffer::scratch(rows * both);
-        gates::gated_backward(gate, &dy, input.data(), width, &mut dx);
+        let gate_up = Numbers::F32(input.data());
+        let saved = GatedSaved { gate, f: width, gate_up, factors: None, dropout: None };
+        let dgate_up = NumbersMut::F32(&mut dx);
+        gates::gated_backward(&saved, &dy, GatedGradients { dgate_up, out: None, dfactors: None });
         back.give(&input, dx);
     }))
 }
