@@ -6,6 +6,7 @@
 
 use moebius_kernels::attention::{self, AttentionShape, Saved};
 use moebius_kernels::gates::{self, Gate, GatedGradients, GatedSaved};
+use moebius_kernels::gemm::Precision;
 use moebius_kernels::isa::Isa;
 use moebius_kernels::narrow::{Numbers, NumbersMut};
 use moebius_kernels::{activation, loss, norm, optimizer, rope, select};
@@ -304,7 +305,7 @@ fn attentions(bench: &mut Bench, names: [&'static str; 2], heads: [usize; 3], le
         names[1],
         Limit::Compute(operations / 2 * 5),
         [vec![0.0; n], vec![0.0; m], vec![0.0; m]],
-        |[dq, dk, dv]| attention::attention_backward(&shape, &saved, &dout, dq, dk, dv),
+        |[dq, dk, dv]| attention::attention_backward(&shape, &saved, Precision::F32, &dout, [dq, dk, dv]),
         |[dq, dk, dv]| attention::attention_backward_reference(&shape, &saved, None, &dout, [dq, dk, dv]),
     );
 }

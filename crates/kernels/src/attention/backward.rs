@@ -3,23 +3,28 @@
 //!
 //! One task has one key head of one sequence: all query heads of the group add to its key and value gradients in
 //! ascending order, so the result does not depend on threads.
+//!
+//! In bf16 the three products that give the gradients have rounded operands. The other two are as in f32: the
+//! probabilities are those that gave the answers, and their gradients lose most of their digits against the shift.
 
 use super::forward::{KEY_INDEX, capped};
-use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
-use super::tile::{Left, Product, Right, TILE_ROWS};
+use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, pair_rows, transpose_rows};
+use super::tile::{Element, Left, Pair, Product, Right, TILE_ROWS};
 use super::{AttentionShape, Saved};
+use crate::gemm::Precision;
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
 use crate::simd::math::exp_nonpositive;
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
 use crate::tasks::for_each_task;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Queries taken against a block of keys at once.
 const QUERY_ROWS: usize = 8 * TILE_ROWS;
 
-/// Where the gradients are added.
+/// Where the gradients go.
 #[derive(Clone, Copy)]
 struct Gradients<'a> {
     dq: &'a DisjointMut<'a, f32>,
@@ -32,6 +37,7 @@ pub(super) fn differentiate(
     isa: Isa,
     shape: &AttentionShape,
     saved: &Saved<'_>,
+    precision: Precision,
     dout: &[f32],
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
@@ -43,89 +49,192 @@ pub(super) fn differentiate(
     for_each_task(sequences * shape.n_kv_heads, work / 2, |task| {
         let bounds = &saved.sequence_starts[task / shape.n_kv_heads..][..2];
         if bounds[0] < bounds[1] {
-            let kv_head = task % shape.n_kv_heads;
-            dispatch(isa, BackwardTask { shape, saved, dout, gradients, kv_head, rows: bounds[0]..bounds[1] });
+            let (kv_head, rows) = (task % shape.n_kv_heads, bounds[0]..bounds[1]);
+            match precision {
+                Precision::F32 => {
+                    dispatch(isa, BackwardTask::<Exact>::new(shape, saved, dout, gradients, kv_head, rows))
+                }
+                Precision::Bf16 => {
+                    dispatch(isa, BackwardTask::<Rounded>::new(shape, saved, dout, gradients, kv_head, rows))
+                }
+            }
         }
     });
 }
 
+/// How the operands of the products are held.
+trait Operands: Copy {
+    /// A number of a right operand, or numbers that follow each other along the sum.
+    type Word: Element;
+    /// Numbers of a word.
+    const NUMBERS: usize;
+
+    fn words(numbers: &[f32]) -> &[Self::Word];
+}
+
+/// In f32.
+#[derive(Clone, Copy)]
+struct Exact;
+
+impl Operands for Exact {
+    type Word = f32;
+    const NUMBERS: usize = 1;
+
+    #[inline(always)]
+    fn words(numbers: &[f32]) -> &[f32] {
+        numbers
+    }
+}
+
+/// Rounded to bf16, pairs in the bits of an f32.
+#[derive(Clone, Copy)]
+struct Rounded;
+
+impl Operands for Rounded {
+    type Word = Pair;
+    const NUMBERS: usize = 2;
+
+    #[inline(always)]
+    fn words(numbers: &[f32]) -> &[Pair] {
+        Pair::all(numbers)
+    }
+}
+
 /// One key head of one sequence.
-struct BackwardTask<'a> {
+struct BackwardTask<'a, O> {
     shape: &'a AttentionShape,
     saved: &'a Saved<'a>,
     dout: &'a [f32],
     gradients: Gradients<'a>,
     kv_head: usize,
     rows: Range<usize>,
+    sizes: Sizes,
+    operands: PhantomData<O>,
 }
 
-/// The task's rows, each padded to whole vectors; query rows of one head stand together, heads follow each other.
+/// How much of everything a task has.
+#[derive(Clone, Copy)]
+struct Sizes {
+    length: usize,
+    /// Rows of words along the sequence.
+    word_rows: usize,
+    group: usize,
+    /// Of a row of queries and keys, in whole vectors.
+    width: usize,
+    /// Of a row of values, in whole vectors.
+    value_width: usize,
+    /// Of a row of dot products as pairs; 0 where they are no pairs.
+    key_pairs: usize,
+}
+
+/// The task's rows; query rows of one head stand together, heads follow each other. Words are numbers, or pairs in their
+/// bits.
 struct Working<'a> {
+    /// `[group, length, width]`
     q: &'a mut [f32],
+    /// The same as words along the sequence, `[group, word_rows, width]`; empty where numbers are words.
+    q_words: &'a mut [f32],
+    /// `[group, length, value_width]`
     dout: &'a mut [f32],
+    /// The same as words along the sequence, `[group, word_rows, value_width]`; empty where numbers are words.
+    dout_words: &'a mut [f32],
+    /// `[group, length, width]`
     dq: &'a mut [f32],
+    /// Words along the sequence, `[word_rows, width]`.
+    k: &'a mut [f32],
+    /// `[length, width]`
+    dk: &'a mut [f32],
+    /// `[length, value_width]`
+    dv: &'a mut [f32],
+    /// `[width, KEY_BLOCK]`
+    keys_transposed: &'a mut [f32],
+    /// `[value_width, KEY_BLOCK]`
+    values_transposed: &'a mut [f32],
+    /// `[TILE_ROWS, KEY_BLOCK]` dot products
+    scores: &'a mut [f32],
+    /// `[TILE_ROWS, KEY_BLOCK]` gradients of probabilities
+    slopes: &'a mut [f32],
+    /// Words along the queries, `[QUERY_ROWS words, KEY_BLOCK]`.
+    probabilities: &'a mut [f32],
+    /// Gradients of dot products as words along the queries, `[QUERY_ROWS words, KEY_BLOCK]`.
+    dscores: &'a mut [f32],
+    /// The same as words along the keys, `[QUERY_ROWS, key_pairs]`; empty where numbers are words.
+    dscore_pairs: &'a mut [f32],
     /// `Σ dout * out` of each query row.
     shift: &'a mut [f32],
-    k: &'a mut [f32],
-    dk: &'a mut [f32],
-    dv: &'a mut [f32],
-    keys_transposed: &'a mut [f32],
-    values_transposed: &'a mut [f32],
-    /// `[QUERY_ROWS, KEY_BLOCK]` scores, then probabilities
-    probabilities: &'a mut [f32],
-    /// `[QUERY_ROWS, KEY_BLOCK]` gradients of probabilities, then of dot products
-    dscores: &'a mut [f32],
 }
 
 impl<'a> Working<'a> {
-    fn numbers(length: usize, group: usize, [width, value_width]: [usize; 2]) -> usize {
-        let rows = 2 * (group + 1) * length * width + (group + 1) * length * value_width;
-        rows + group * length + KEY_BLOCK * (width + value_width + 2 * QUERY_ROWS)
+    fn parts(sizes: &Sizes) -> [usize; 16] {
+        let Sizes { length, word_rows, group, width, value_width, key_pairs } = *sizes;
+        let group_words = if key_pairs > 0 { group * word_rows } else { 0 };
+        [
+            group * length * width,
+            group_words * width,
+            group * length * value_width,
+            group_words * value_width,
+            group * length * width,
+            word_rows * width,
+            length * width,
+            length * value_width,
+            KEY_BLOCK * width,
+            KEY_BLOCK * value_width,
+            TILE_ROWS * KEY_BLOCK,
+            TILE_ROWS * KEY_BLOCK,
+            QUERY_ROWS * KEY_BLOCK,
+            QUERY_ROWS * KEY_BLOCK,
+            QUERY_ROWS * key_pairs,
+            group * length,
+        ]
     }
 
     #[inline(always)]
-    fn divide(memory: &'a mut [f32], length: usize, group: usize, [width, value_width]: [usize; 2]) -> Self {
+    fn divide(memory: &'a mut [f32], sizes: &Sizes) -> Self {
         let mut rest = memory;
-        let mut take = |numbers: usize| rest.split_off_mut(..numbers).expect("as many as `numbers` says");
-        let (queries, keys) = (group * length * width, length * width);
-        let (answers, values) = (group * length * value_width, length * value_width);
+        let parts = Self::parts(sizes).map(|numbers| rest.split_off_mut(..numbers).expect("as many as all parts have"));
+        let [q, q_words, dout, dout_words, dq, k, dk, dv, keys_transposed, rest @ ..] = parts;
+        let [values_transposed, scores, slopes, probabilities, dscores, dscore_pairs, shift] = rest;
         Self {
-            q: take(queries),
-            dout: take(answers),
-            dq: take(queries),
-            k: take(keys),
-            dk: take(keys),
-            dv: take(values),
-            keys_transposed: take(KEY_BLOCK * width),
-            values_transposed: take(KEY_BLOCK * value_width),
-            probabilities: take(QUERY_ROWS * KEY_BLOCK),
-            dscores: take(QUERY_ROWS * KEY_BLOCK),
-            shift: take(group * length),
+            q,
+            q_words,
+            dout,
+            dout_words,
+            dq,
+            k,
+            dk,
+            dv,
+            keys_transposed,
+            values_transposed,
+            scores,
+            slopes,
+            probabilities,
+            dscores,
+            dscore_pairs,
+            shift,
         }
     }
 }
 
-impl Kernel for BackwardTask<'_> {
+impl<O: Operands> Kernel for BackwardTask<'_, O> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let shape = self.shape;
-        let (length, group) = (self.rows.len(), shape.group());
-        let width = [padded(shape.head_dim), padded(shape.value_dim)];
-        let mut scratch = Buffer::<f32>::scratch(Working::numbers(length, group, width));
-        let mut working = Working::divide(&mut scratch, length, group, width);
+        let (shape, sizes) = (self.shape, self.sizes);
+        let mut scratch = Buffer::<f32>::scratch(Working::parts(&sizes).iter().sum());
+        let mut working = Working::divide(&mut scratch, &sizes);
         self.gather(simd, &mut working);
-        for start in (0..length).step_by(KEY_BLOCK) {
-            let keys = start..length.min(start + KEY_BLOCK);
+        for start in (0..sizes.length).step_by(KEY_BLOCK) {
+            let keys = start..sizes.length.min(start + KEY_BLOCK);
             transpose_rows(self.keys(self.saved.k), self.shifted(&keys), working.keys_transposed);
             transpose_rows(self.values(self.saved.v), self.shifted(&keys), working.values_transposed);
             // The last query that sees the block's last key.
-            let end = if shape.bidirectional { length } else { shape.last_reader(keys.end - 1, length) };
+            let end = if shape.bidirectional { sizes.length } else { shape.last_reader(keys.end - 1, sizes.length) };
             let start = if shape.bidirectional { 0 } else { start };
-            for head in 0..group {
+            for head in 0..sizes.group {
                 for first in (start..end).step_by(QUERY_ROWS) {
-                    self.block(simd, &mut working, head, first..end.min(first + QUERY_ROWS), keys.clone());
+                    let queries = first..end.min(first + QUERY_ROWS);
+                    self.block(simd, &mut working, head, queries, keys.clone());
                 }
             }
         }
@@ -133,7 +242,27 @@ impl Kernel for BackwardTask<'_> {
     }
 }
 
-impl<'a> BackwardTask<'a> {
+impl<'a, O: Operands> BackwardTask<'a, O> {
+    fn new(
+        shape: &'a AttentionShape,
+        saved: &'a Saved<'a>,
+        dout: &'a [f32],
+        gradients: Gradients<'a>,
+        kv_head: usize,
+        rows: Range<usize>,
+    ) -> Self {
+        let length = rows.len();
+        let sizes = Sizes {
+            length,
+            word_rows: length.div_ceil(O::NUMBERS),
+            group: shape.group(),
+            width: padded(shape.head_dim),
+            value_width: padded(shape.value_dim),
+            key_pairs: if O::NUMBERS > 1 { KEY_BLOCK / 2 } else { 0 },
+        };
+        Self { shape, saved, dout, gradients, kv_head, rows, sizes, operands: PhantomData }
+    }
+
     fn keys(&self, data: &'a [f32]) -> HeadRows<'a> {
         let head_dim = self.shape.head_dim;
         HeadRows { data, width: self.shape.key_width(), offset: self.kv_head * head_dim, head_dim }
@@ -164,14 +293,19 @@ impl<'a> BackwardTask<'a> {
     /// Copies the task's rows and clears the gradients.
     #[inline(always)]
     fn gather<S: Simd>(&self, simd: S, working: &mut Working<'_>) {
-        let (length, width) = (self.rows.len(), padded(self.shape.head_dim));
-        let value_width = padded(self.shape.value_dim);
-        for head in 0..self.shape.group() {
-            let part = |width: usize| head * length * width..(head + 1) * length * width;
-            let (dout, out) = (self.answers(self.dout, head), self.answers(self.saved.out, head));
-            copy_rows(self.queries(self.saved.q, head), self.rows.clone(), &mut working.q[part(width)]);
-            copy_rows(dout, self.rows.clone(), &mut working.dout[part(value_width)]);
-            for (row, shift) in self.rows.clone().zip(&mut working.shift[head * length..][..length]) {
+        let Sizes { length, word_rows, group, width, value_width, .. } = self.sizes;
+        let rows = || self.rows.clone();
+        let of_head = |head: usize, rows: usize, width: usize| head * rows * width..(head + 1) * rows * width;
+        for head in 0..group {
+            let (q, dout, out) =
+                (self.queries(self.saved.q, head), self.answers(self.dout, head), self.answers(self.saved.out, head));
+            copy_rows(simd, q, rows(), &mut working.q[of_head(head, length, width)]);
+            copy_rows(simd, dout, rows(), &mut working.dout[of_head(head, length, value_width)]);
+            if O::NUMBERS > 1 {
+                pair_rows(simd, q, rows(), &mut working.q_words[of_head(head, word_rows, width)]);
+                pair_rows(simd, dout, rows(), &mut working.dout_words[of_head(head, word_rows, value_width)]);
+            }
+            for (row, shift) in rows().zip(&mut working.shift[head * length..][..length]) {
                 let mut sum = Lanes::splat(simd, 0.0);
                 for (a, b) in dout.row(row).chunks(LANES).zip(out.row(row).chunks(LANES)) {
                     sum = Lanes::load_any(simd, a, 0.0).fma(Lanes::load_any(simd, b, 0.0), sum);
@@ -179,13 +313,17 @@ impl<'a> BackwardTask<'a> {
                 *shift = sum.sum();
             }
         }
-        copy_rows(self.keys(self.saved.k), self.rows.clone(), working.k);
+        match O::NUMBERS {
+            1 => copy_rows(simd, self.keys(self.saved.k), rows(), working.k),
+            _ => pair_rows(simd, self.keys(self.saved.k), rows(), working.k),
+        }
         for gradient in [&mut *working.dq, &mut *working.dk, &mut *working.dv] {
             gradient.fill(0.0);
         }
     }
 
-    /// Takes some queries of one head against one block of keys (rows of the sequence both).
+    /// Takes some queries of one head against one block of keys (rows of the sequence both). The queries begin at a
+    /// whole word.
     #[inline(always)]
     fn block<S: Simd>(
         &self,
@@ -195,30 +333,23 @@ impl<'a> BackwardTask<'a> {
         queries: Range<usize>,
         keys: Range<usize>,
     ) {
-        let shape = self.shape;
-        let (length, width, value_width) = (self.rows.len(), padded(shape.head_dim), padded(shape.value_dim));
-        let at = |row: usize| (head * length + row) * width;
-        let answer_at = |row: usize| (head * length + row) * value_width;
+        let Sizes { length, word_rows, width, value_width, key_pairs, .. } = self.sizes;
         for first in queries.clone().step_by(TILE_ROWS) {
             let rows = first..queries.end.min(first + TILE_ROWS);
-            let here = (first - queries.start) * KEY_BLOCK;
             let reach = if self.shape.bidirectional { keys.len() } else { keys.len().min(rows.end - keys.start) };
-            self.products(simd, working, head, &rows, here, reach);
-            for row in rows.clone() {
-                let here = (row - queries.start) * KEY_BLOCK..(row - queries.start + 1) * KEY_BLOCK;
-                let kept = [self.log_sum(head, row), working.shift[head * length + row]];
-                let seen = self.shape.visible(row, length);
-                let inside = |position: usize| position.saturating_sub(keys.start).min(KEY_BLOCK);
-                let seen = inside(seen.start)..inside(seen.end);
-                let probabilities = &mut working.probabilities[here.clone()];
-                score_gradients(simd, shape, seen, kept, probabilities, &mut working.dscores[here]);
-            }
+            self.products(simd, working, head, &rows, reach);
+            self.score_gradients(simd, working, head, &rows, first - queries.start, keys.start);
+            let (data, row_stride) = match O::NUMBERS {
+                1 => (&working.dscores[(first - queries.start) * KEY_BLOCK..], KEY_BLOCK),
+                _ => (&working.dscore_pairs[(first - queries.start) * key_pairs..], key_pairs),
+            };
+            let k = O::words(&working.k[keys.start / O::NUMBERS * width..]);
             simd.call(Product {
                 rows: rows.len(),
-                depth: reach,
-                a: Left { data: &working.dscores[here..], row_stride: KEY_BLOCK, k_stride: 1 },
-                b: Right { data: &working.k[keys.start * width..], stride: width, vectors: width / LANES },
-                c: &mut working.dq[at(first)..],
+                depth: reach.div_ceil(O::NUMBERS),
+                a: Left { data, row_stride, k_stride: 1 },
+                b: Right { data: k, stride: width, vectors: width / LANES },
+                c: &mut working.dq[(head * length + first) * width..],
                 c_stride: width,
                 accumulate: true,
             });
@@ -229,16 +360,21 @@ impl<'a> BackwardTask<'a> {
             if from >= queries.end {
                 break;
             }
-            let here = (from - queries.start) * KEY_BLOCK + first - keys.start;
+            let here = (from - queries.start) / O::NUMBERS * KEY_BLOCK + first - keys.start;
+            let word = head * word_rows + from / O::NUMBERS;
+            let (dout, q) = match O::NUMBERS {
+                1 => (&*working.dout, &*working.q),
+                _ => (&*working.dout_words, &*working.q_words),
+            };
             for (weights, right, width, gradient) in [
-                (&*working.probabilities, &working.dout[answer_at(from)..], value_width, &mut *working.dv),
-                (&*working.dscores, &working.q[at(from)..], width, &mut *working.dk),
+                (&*working.probabilities, &dout[word * value_width..], value_width, &mut *working.dv),
+                (&*working.dscores, &q[word * width..], width, &mut *working.dk),
             ] {
                 simd.call(Product {
                     rows: TILE_ROWS.min(keys.end - first),
-                    depth: queries.end - from,
+                    depth: (queries.end - from).div_ceil(O::NUMBERS),
                     a: Left { data: &weights[here..], row_stride: 1, k_stride: KEY_BLOCK },
-                    b: Right { data: right, stride: width, vectors: width / LANES },
+                    b: Right { data: O::words(right), stride: width, vectors: width / LANES },
                     c: &mut gradient[first * width..],
                     c_stride: width,
                     accumulate: true,
@@ -249,31 +385,22 @@ impl<'a> BackwardTask<'a> {
 
     /// Dot products of some rows' queries with a block's keys, and of their answers' gradients with its values.
     #[inline(always)]
-    fn products<S: Simd>(
-        &self,
-        simd: S,
-        working: &mut Working<'_>,
-        head: usize,
-        rows: &Range<usize>,
-        here: usize,
-        reach: usize,
-    ) {
-        let (shape, first) = (self.shape, head * self.rows.len() + rows.start);
-        let (width, value_width) = (padded(shape.head_dim), padded(shape.value_dim));
-        for (left, row_stride, depth, transposed, scores) in [
+    fn products<S: Simd>(&self, simd: S, working: &mut Working<'_>, head: usize, rows: &Range<usize>, reach: usize) {
+        let (shape, sizes, first) = (self.shape, self.sizes, head * self.sizes.length + rows.start);
+        for (left, row_stride, depth, transposed, products) in [
             (
-                &working.q[first * width..],
-                width,
+                &working.q[first * sizes.width..],
+                sizes.width,
                 shape.head_dim,
                 &*working.keys_transposed,
-                &mut *working.probabilities,
+                &mut *working.scores,
             ),
             (
-                &working.dout[first * value_width..],
-                value_width,
+                &working.dout[first * sizes.value_width..],
+                sizes.value_width,
                 shape.value_dim,
                 &*working.values_transposed,
-                &mut *working.dscores,
+                &mut *working.slopes,
             ),
         ] {
             simd.call(Product {
@@ -281,10 +408,58 @@ impl<'a> BackwardTask<'a> {
                 depth,
                 a: Left { data: left, row_stride, k_stride: 1 },
                 b: Right { data: transposed, stride: KEY_BLOCK, vectors: reach.div_ceil(LANES) },
-                c: &mut scores[here..],
+                c: products,
                 c_stride: KEY_BLOCK,
                 accumulate: false,
             });
+        }
+    }
+
+    /// Turns the dot products of some rows into probabilities, and the gradients of probabilities into those of dot
+    /// products; zero for keys that a row does not see. `place` is that of the first row among the queries.
+    #[inline(always)]
+    fn score_gradients<S: Simd>(
+        &self,
+        simd: S,
+        working: &mut Working<'_>,
+        head: usize,
+        rows: &Range<usize>,
+        place: usize,
+        first_key: usize,
+    ) {
+        const VECTORS: usize = KEY_BLOCK / LANES;
+        let zero = Lanes::splat(simd, 0.0);
+        for (i, row) in rows.clone().enumerate().step_by(O::NUMBERS) {
+            let mut results = [[[zero; VECTORS]; 2]; 2];
+            for (i, row) in (i..).zip(row..rows.end.min(row + O::NUMBERS)) {
+                let kept = [self.log_sum(head, row), working.shift[head * self.sizes.length + row]];
+                let seen = self.shape.visible(row, self.sizes.length);
+                let inside = |position: usize| position.saturating_sub(first_key).min(KEY_BLOCK);
+                let seen = inside(seen.start)..inside(seen.end);
+                let part = i * KEY_BLOCK..(i + 1) * KEY_BLOCK;
+                let products = [&working.scores[part.clone()], &working.slopes[part]];
+                results[i % O::NUMBERS] = score_gradients(simd, self.shape, seen, kept, products);
+            }
+            let words = (place + i) / O::NUMBERS * KEY_BLOCK;
+            let probabilities = working.probabilities[words..][..KEY_BLOCK].as_chunks_mut::<LANES>().0;
+            let dscores = working.dscores[words..][..KEY_BLOCK].as_chunks_mut::<LANES>().0;
+            let [[p, d], [p_next, d_next]] = results;
+            for v in 0..VECTORS {
+                if O::NUMBERS == 1 {
+                    p[v].store(&mut probabilities[v]);
+                    d[v].store(&mut dscores[v]);
+                } else {
+                    simd.store(simd.narrow_pairs(p[v].value, p_next[v].value), &mut probabilities[v]);
+                    simd.store(simd.narrow_pairs(d[v].value, d_next[v].value), &mut dscores[v]);
+                }
+            }
+            if O::NUMBERS > 1 {
+                let pairs = &mut working.dscore_pairs[(place + i) * self.sizes.key_pairs..][..2 * self.sizes.key_pairs];
+                let pairs = pairs.as_chunks_mut::<LANES>().0.iter_mut();
+                for (d, to) in [d, d_next].as_flattened().chunks_exact(2).zip(pairs) {
+                    simd.store(simd.narrow_two(d[0].value, d[1].value), to);
+                }
+            }
         }
     }
 
@@ -293,55 +468,50 @@ impl<'a> BackwardTask<'a> {
         self.saved.lse[(self.kv_head * self.shape.group() + head) * tokens + self.rows.start + row]
     }
 
-    /// Adds the finished gradients to the results.
+    /// Writes the finished gradients.
     #[inline(always)]
     fn scatter<S: Simd>(&self, simd: S, working: &Working<'_>) {
-        let (length, width) = (self.rows.len(), padded(self.shape.head_dim));
         let rows = &self.rows;
-        add_rows(simd, working.dk, rows, self.gradients.dk, self.keys(self.saved.k));
-        add_rows(simd, working.dv, rows, self.gradients.dv, self.values(self.saved.v));
-        for (head, dq) in working.dq.chunks_exact(length * width).enumerate() {
-            add_rows(simd, dq, rows, self.gradients.dq, self.queries(self.saved.q, head));
+        write_rows(simd, working.dk, rows, self.gradients.dk, self.keys(self.saved.k));
+        write_rows(simd, working.dv, rows, self.gradients.dv, self.values(self.saved.v));
+        for (head, dq) in working.dq.chunks_exact(self.sizes.length * self.sizes.width).enumerate() {
+            write_rows(simd, dq, rows, self.gradients.dq, self.queries(self.saved.q, head));
         }
     }
 }
 
-/// Adds padded rows to the rows of one head, which must be this task's alone.
+/// Writes padded rows to the rows of one head, which must be this task's alone.
 #[inline(always)]
-fn add_rows<S: Simd>(simd: S, from: &[f32], rows: &Range<usize>, to: &DisjointMut<'_, f32>, layout: HeadRows<'_>) {
+fn write_rows<S: Simd>(simd: S, from: &[f32], rows: &Range<usize>, to: &DisjointMut<'_, f32>, layout: HeadRows<'_>) {
     for (row, from) in rows.clone().zip(from.chunks_exact(padded(layout.head_dim))) {
         let at = row * layout.width + layout.offset;
         // SAFETY: a task has its rows of its heads to itself.
         let to = unsafe { to.range(at..at + layout.head_dim) };
         for (to, from) in to.chunks_mut(LANES).zip(from.as_chunks::<LANES>().0) {
-            (Lanes::load_any(simd, to, 0.0) + Lanes::load(simd, from)).store_any(to);
+            Lanes::load(simd, from).store_any(to);
         }
     }
 }
 
-/// Turns one row's dot products into probabilities and its gradients of probabilities into gradients of dot products;
-/// zero for what the row does not see: all but the keys `seen` of the block.
+/// A row's probabilities from its dot products, and the gradients of dot products from those of probabilities; zero for
+/// what the row does not see: all but the keys `seen` of the block.
 #[inline(always)]
 fn score_gradients<S: Simd>(
     simd: S,
     shape: &AttentionShape,
     seen: Range<usize>,
     [log_sum, shift]: [f32; 2],
-    probabilities: &mut [f32],
-    dscores: &mut [f32],
-) {
+    [products, slopes]: [&[f32]; 2],
+) -> [[Lanes<S>; KEY_BLOCK / LANES]; 2] {
     let splat = |value| Lanes::splat(simd, value);
     let Range { start, end } = seen;
     let (zero, scale) = (splat(0.0), splat(shape.scale));
-    let (probabilities, _) = probabilities.as_chunks_mut::<LANES>();
-    let (dscores, _) = dscores.as_chunks_mut::<LANES>();
-    for (v, (probabilities, dscores)) in probabilities.iter_mut().zip(dscores).enumerate() {
+    let mut results = [[zero; KEY_BLOCK / LANES]; 2];
+    for (v, (products, slopes)) in products.as_chunks().0.iter().zip(slopes.as_chunks().0).enumerate() {
         if v * LANES >= end {
-            zero.store(probabilities);
-            zero.store(dscores);
-            continue;
+            break;
         }
-        let products = Lanes::load(simd, probabilities);
+        let products = Lanes::load(simd, products);
         let (p, slope) = match shape.soft_cap {
             None => (exp_nonpositive(products.fma(scale, splat(-log_sum))), scale),
             Some(cap) => {
@@ -352,7 +522,7 @@ fn score_gradients<S: Simd>(
                 (exp_nonpositive(score - splat(log_sum)), (one - share * share) * scale)
             }
         };
-        let (mut p, mut d) = (p, p * (Lanes::load(simd, dscores) - splat(shift)) * slope);
+        let (mut p, mut d) = (p, p * (Lanes::load(simd, slopes) - splat(shift)) * slope);
         if start > 0 || end < KEY_BLOCK {
             let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
             let mask = |x: Lanes<S>| {
@@ -361,7 +531,7 @@ fn score_gradients<S: Simd>(
             };
             (p, d) = (mask(p), mask(d));
         }
-        p.store(probabilities);
-        d.store(dscores);
+        [results[0][v], results[1][v]] = [p, d];
     }
+    results
 }

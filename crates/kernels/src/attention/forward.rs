@@ -140,7 +140,7 @@ impl Kernel for ForwardTask<'_> {
         for (i, q) in q.chunks_exact_mut(width).enumerate() {
             let from = head(sequence.q, shape.n_heads, task.kv_head * group + i % group, shape.head_dim);
             let row = task.rows.start + i / group;
-            copy_rows(from, row..row + 1, q);
+            copy_rows(simd, from, row..row + 1, q);
         }
         mixed.fill(0.0);
         largest.fill(f32::NEG_INFINITY);
@@ -168,12 +168,17 @@ impl Kernel for ForwardTask<'_> {
                     let present = start..end.min(start + KEY_BLOCK);
                     let keys = head(keys, shape.n_kv_heads, task.kv_head, shape.head_dim);
                     transpose_rows(keys, present.clone(), key_block);
-                    copy_rows(head(values, shape.n_kv_heads, task.kv_head, shape.value_dim), present, value_block);
+                    copy_rows(
+                        simd,
+                        head(values, shape.n_kv_heads, task.kv_head, shape.value_dim),
+                        present,
+                        value_block,
+                    );
                     let keys = Keys { start, transposed: &*key_block, values: &*value_block };
                     attend_block(simd, shape, first, &mut block, &keys, None);
                 }
                 Source::Latents(cache) => {
-                    cache.unfold(start / KEY_BLOCK, end, shape.value_dim, key_block, value_block);
+                    cache.unfold(simd, (start / KEY_BLOCK, end), shape.value_dim, key_block, value_block);
                     let keys = Keys { start, transposed: &*key_block, values: &*value_block };
                     attend_block(simd, shape, first, &mut block, &keys, None);
                 }

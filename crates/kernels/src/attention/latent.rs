@@ -6,6 +6,7 @@
 use super::pack::{HeadRows, KEY_BLOCK, copy_rows, transpose_rows};
 use super::{AttentionShape, CacheFormat};
 use crate::memory::Buffer;
+use crate::simd::Simd;
 use half::bf16;
 use std::sync::Arc;
 
@@ -84,7 +85,14 @@ impl LatentCache {
 
     /// Lays out a block's first rows, up to position `end`, as attention reads them: keys transposed, and values.
     #[inline(always)]
-    pub(super) fn unfold(&self, block: usize, end: usize, value_dim: usize, keys: &mut [f32], values: &mut [f32]) {
+    pub(super) fn unfold<S: Simd>(
+        &self,
+        simd: S,
+        (block, end): (usize, usize),
+        value_dim: usize,
+        keys: &mut [f32],
+        values: &mut [f32],
+    ) {
         let width = self.width;
         let present = 0..(end - block * KEY_BLOCK).min(KEY_BLOCK);
         let widened: Buffer<f32>;
@@ -97,7 +105,7 @@ impl LatentCache {
             }
         };
         transpose_rows(HeadRows { data, width, offset: 0, head_dim: width }, present.clone(), keys);
-        copy_rows(HeadRows { data, width, offset: 0, head_dim: value_dim }, present, values);
+        copy_rows(simd, HeadRows { data, width, offset: 0, head_dim: value_dim }, present, values);
     }
 }
 

@@ -13,6 +13,7 @@ mod reference;
 mod tests;
 mod tile;
 
+use crate::gemm::Precision;
 use crate::isa::Isa;
 use crate::parallel::DisjointMut;
 use forward::{Results, Sequence, Source};
@@ -187,25 +188,30 @@ pub struct Saved<'a> {
     pub lse: &'a [f32],
 }
 
-/// Adds the gradients of [`attention_forward`] to `dq`, `dk`, `dv`.
+/// The gradients of [`attention_forward`]; overwrites `dq`, `dk`, `dv`.
+///
+/// In bf16 operands are rounded where the processor multiplies bf16 (AVX-512 BF16); elsewhere that would only take
+/// longer, and they stay as they are. The scores are computed as in the forward.
 ///
 /// # Shapes
 /// `dout` `[t, nh * vd]`, `dq`, `dk`, `dv` as `q`, `k`, `v`.
 pub fn attention_backward(
     shape: &AttentionShape,
     saved: &Saved<'_>,
+    precision: Precision,
     dout: &[f32],
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
+    gradients: [&mut [f32]; 3],
 ) {
-    attention_backward_on(Isa::current(), shape, saved, dout, [dq, dk, dv]);
+    let isa = Isa::current();
+    let precision = if isa >= Isa::Avx512 { precision } else { Precision::F32 };
+    attention_backward_on(isa, shape, saved, precision, dout, gradients);
 }
 
 fn attention_backward_on(
     isa: Isa,
     shape: &AttentionShape,
     saved: &Saved<'_>,
+    precision: Precision,
     dout: &[f32],
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
@@ -214,7 +220,7 @@ fn attention_backward_on(
     assert!([saved.out.len(), dout.len()].iter().all(|&len| len == tokens * shape.out_width()));
     assert_eq!((dk.len(), dv.len()), (saved.k.len(), saved.v.len()));
     assert_eq!(saved.lse.len(), tokens * shape.n_heads);
-    backward::differentiate(isa, shape, saved, dout, [dq, dk, dv]);
+    backward::differentiate(isa, shape, saved, precision, dout, [dq, dk, dv]);
 }
 
 /// What a sequence has read before, and these rows with it.

@@ -1,6 +1,7 @@
 //! Copies of one head's rows in the layouts that the tiles read.
 
-use crate::simd::LANES;
+use crate::simd::{LANES, Lanes, Simd};
+use std::ops::Range;
 
 /// Keys of a block; blocks stand at multiples of this position in every call, whatever rows are asked for.
 pub(super) const KEY_BLOCK: usize = 64;
@@ -30,18 +31,36 @@ impl<'a> HeadRows<'a> {
 
 /// Copies rows into `to` `[rows, padded(head_dim)]`, zeros behind each row.
 #[inline(always)]
-pub(super) fn copy_rows(from: HeadRows<'_>, rows: std::ops::Range<usize>, to: &mut [f32]) {
-    let padded = padded(from.head_dim);
-    for (row, to) in rows.zip(to.chunks_exact_mut(padded)) {
-        let (to, rest) = to.split_at_mut(from.head_dim);
-        to.copy_from_slice(from.row(row));
-        rest.fill(0.0);
+pub(super) fn copy_rows<S: Simd>(simd: S, from: HeadRows<'_>, rows: Range<usize>, to: &mut [f32]) {
+    for (row, to) in rows.zip(to.chunks_exact_mut(padded(from.head_dim))) {
+        for (from, to) in from.row(row).chunks(LANES).zip(to.as_chunks_mut::<LANES>().0) {
+            Lanes::load_any(simd, from, 0.0).store(to);
+        }
     }
+}
+
+/// Rows rounded to bf16, in pairs of rows, into `to` `[rows / 2, padded(head_dim)]`, zeros behind each and for the row
+/// that is missing at the end.
+#[inline(always)]
+pub(super) fn pair_rows<S: Simd>(simd: S, from: HeadRows<'_>, rows: Range<usize>, to: &mut [f32]) {
+    for (row, to) in rows.clone().step_by(2).zip(to.chunks_exact_mut(padded(from.head_dim))) {
+        let low = from.row(row);
+        let high = if row + 1 < rows.end { from.row(row + 1) } else { &[] };
+        for (i, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let part = |x: &'_ [f32]| load(simd, &x[x.len().min(i * LANES)..x.len().min((i + 1) * LANES)]);
+            simd.store(simd.narrow_pairs(part(low), part(high)), to);
+        }
+    }
+}
+
+#[inline(always)]
+fn load<S: Simd>(simd: S, from: &[f32]) -> S::Vector {
+    Lanes::load_any(simd, from, 0.0).value
 }
 
 /// Transposes up to [`KEY_BLOCK`] rows into `to` `[head_dim, KEY_BLOCK]`, zeros for the keys that are not there.
 #[inline(always)]
-pub(super) fn transpose_rows(from: HeadRows<'_>, rows: std::ops::Range<usize>, to: &mut [f32]) {
+pub(super) fn transpose_rows(from: HeadRows<'_>, rows: Range<usize>, to: &mut [f32]) {
     let count = rows.len();
     assert!(count <= KEY_BLOCK && to.len() >= from.head_dim * KEY_BLOCK);
     let fours = count / 4 * 4;

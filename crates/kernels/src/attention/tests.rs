@@ -58,20 +58,30 @@ impl Batch {
         Saved { q, k, v, sequence_starts: starts, out, lse }
     }
 
-    /// `dq`, `dk`, `dv`, added to ones.
-    fn backward(&self, isa: Option<Isa>) -> [Vec<f32>; 3] {
+    /// `dq`, `dk`, `dv`.
+    fn backward(&self, isa: Isa, precision: Precision) -> [Vec<f32>; 3] {
         let dout = numbers(4, self.out.len());
-        let [mut dq, mut dk, mut dv] = [&self.q, &self.k, &self.v].map(|x| vec![1.0; x.len()]);
-        let saved = self.saved();
-        match isa {
-            Some(isa) => attention_backward_on(isa, &self.shape, &saved, &dout, [&mut dq, &mut dk, &mut dv]),
-            None => {
-                let sinks = self.sinks.as_deref();
-                attention_backward_reference(&self.shape, &saved, sinks, &dout, [&mut dq, &mut dk, &mut dv]);
-            }
-        }
-        [dq, dk, dv]
+        let mut gradients = [&self.q, &self.k, &self.v].map(|x| vec![f32::NAN; x.len()]);
+        let [dq, dk, dv] = &mut gradients;
+        attention_backward_on(isa, &self.shape, &self.saved(), precision, &dout, [dq, dk, dv]);
+        gradients
     }
+
+    fn backward_reference(&self) -> [Vec<f32>; 3] {
+        let dout = numbers(4, self.out.len());
+        let mut gradients = [&self.q, &self.k, &self.v].map(|x| vec![0.0; x.len()]);
+        let [dq, dk, dv] = &mut gradients;
+        attention_backward_reference(&self.shape, &self.saved(), self.sinks.as_deref(), &dout, [dq, dk, dv]);
+        gradients
+    }
+}
+
+/// As near as gradients with operands rounded to bf16 are: the error's length is a share of the whole's.
+fn assert_near(found: &[f32], wanted: &[f32]) {
+    let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+    let error = squares(&mut found.iter().zip(wanted).map(|(a, b)| a - b));
+    let length = squares(&mut wanted.iter().copied());
+    assert!(error <= length / 100.0 + 1e-6, "an error of {error} in {length}");
 }
 
 /// One suite for every shape: against the definition, on every instruction set, with 1, 2 and 3 threads.
@@ -81,9 +91,9 @@ fn check(heads: [usize; 3], window: Option<usize>, lengths: &[usize]) {
 
 fn check_batch(new: &(dyn Fn() -> Batch + Sync)) {
     let reference = new().reference();
-    let reference_gradients = reference.backward(None);
+    let reference_gradients = reference.backward_reference();
     let portable = new().forward(Isa::Portable);
-    let gradients = portable.backward(Some(Isa::Portable));
+    let gradients = portable.backward(Isa::Portable, Precision::F32);
     assert_close("out", &portable.out, &reference.out, 2e-6);
     assert_close("lse", &portable.lse, &reference.lse, 2e-6);
     for (found, wanted) in gradients.iter().zip(&reference_gradients) {
@@ -96,9 +106,14 @@ fn check_batch(new: &(dyn Fn() -> Batch + Sync)) {
                 let batch = new().forward(isa);
                 assert_eq!(bits(&batch.out), bits(&portable.out), "{isa:?}, {threads} threads");
                 assert_eq!(bits(&batch.lse), bits(&portable.lse), "{isa:?}, {threads} threads");
-                for (found, wanted) in batch.backward(Some(isa)).iter().zip(&gradients) {
+                for (found, wanted) in batch.backward(isa, Precision::F32).iter().zip(&gradients) {
                     assert_eq!(bits(found), bits(wanted), "{isa:?}, {threads} threads");
                 }
+                let rounded = batch.backward(isa, Precision::Bf16);
+                for (found, wanted) in rounded.iter().zip(&gradients) {
+                    assert_near(found, wanted);
+                }
+                assert_eq!(rounded, batch.backward(isa, Precision::Bf16), "the same bits every time");
             });
         }
     }
@@ -389,7 +404,7 @@ fn gradients_are_the_slopes() {
     let loss = |batch: Batch| -> f64 {
         batch.reference().out.iter().zip(&dout).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
     };
-    let gradients = batch.backward(Some(Isa::current()));
+    let gradients = batch.backward(Isa::current(), Precision::F32);
     let step = 1.0 / 64.0;
     for (which, gradient) in gradients.iter().enumerate() {
         for i in (0..gradient.len()).step_by(7) {
@@ -399,8 +414,7 @@ fn gradients_are_the_slopes() {
                 loss(batch)
             };
             let slope = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
-            // The gradients were added to one.
-            assert!((slope - f64::from(gradient[i] - 1.0)).abs() < 3e-3 * (1.0 + slope.abs()), "{which}[{i}]");
+            assert!((slope - f64::from(gradient[i])).abs() < 3e-3 * (1.0 + slope.abs()), "{which}[{i}]");
         }
     }
 }

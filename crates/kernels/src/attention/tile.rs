@@ -1,6 +1,6 @@
 //! Small matrix products that stay in the first caches: `C += A B` by register tiles of eight or four rows.
 //!
-//! Every element of C is one chain of fused multiply-adds over ascending k, whatever the tile it falls in, so its bits
+//! Every element of C is one chain of (fused) multiply-adds over ascending k, whatever the tile it falls in, so its bits
 //! depend on its own row of A and column of B alone.
 
 use crate::simd::{Kernel, LANES, Simd};
@@ -19,6 +19,12 @@ pub(super) struct Left<'a> {
 /// What the right operand is held in.
 pub(super) trait Element: Copy {
     fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::Vector;
+
+    /// `sum + factor * column`.
+    #[inline(always)]
+    fn multiply_add<S: Simd>(simd: S, factor: S::Vector, column: S::Vector, sum: S::Vector) -> S::Vector {
+        simd.fma(factor, column, sum)
+    }
 }
 
 impl Element for f32 {
@@ -41,6 +47,32 @@ impl Element for i8 {
     #[inline(always)]
     fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::Vector {
         simd.load_i8(from)
+    }
+}
+
+/// Two bf16 that follow each other along k; the left operand holds such pairs too, as the bits of its numbers.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Pair(f32);
+
+impl Pair {
+    /// Numbers whose bits are pairs.
+    #[inline(always)]
+    pub(super) fn all(words: &[f32]) -> &[Self] {
+        // SAFETY: a transparent wrapper.
+        unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
+    }
+}
+
+impl Element for Pair {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::Vector {
+        simd.load(&from.map(|pair| pair.0))
+    }
+
+    #[inline(always)]
+    fn multiply_add<S: Simd>(simd: S, factor: S::Vector, column: S::Vector, sum: S::Vector) -> S::Vector {
+        simd.fma_pairs(factor, column, sum)
     }
 }
 
@@ -159,7 +191,7 @@ impl<E: Element> Tile<E> {
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let factor = simd.splat(*a.add(r * row_stride));
                     for (sum, column) in sums.iter_mut().zip(columns) {
-                        *sum = simd.fma(factor, column, *sum);
+                        *sum = E::multiply_add(simd, factor, column, *sum);
                     }
                 }
                 a = a.wrapping_add(k_stride);

@@ -42,6 +42,34 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.store(value, &mut lanes);
         *to = lanes.map(bf16_of);
     }
+    /// Thirty-two numbers rounded to bf16, two to a lane, in their order: the first in the low half.
+    #[inline(always)]
+    fn narrow_two(self, first: Self::Vector, second: Self::Vector) -> Self::Vector {
+        let mut halves = [[0; LANES]; 2];
+        self.store_bf16(first, &mut halves[0]);
+        self.store_bf16(second, &mut halves[1]);
+        let halves = halves.as_flattened();
+        self.load(&std::array::from_fn(|i| pair(halves[2 * i], halves[2 * i + 1])))
+    }
+    /// Pairs of numbers rounded to bf16, one pair to a lane: `low` in the low half.
+    #[inline(always)]
+    fn narrow_pairs(self, low: Self::Vector, high: Self::Vector) -> Self::Vector {
+        let mut halves = [[0; LANES]; 2];
+        self.store_bf16(low, &mut halves[0]);
+        self.store_bf16(high, &mut halves[1]);
+        self.load(&std::array::from_fn(|i| pair(halves[0][i], halves[1][i])))
+    }
+    /// `c` plus the products of both halves of `a` and `b`, which hold pairs of bf16. How that rounds is the
+    /// instruction set's own.
+    #[inline(always)]
+    fn fma_pairs(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        let [mut x, mut y] = [[0.0; LANES]; 2];
+        self.store(a, &mut x);
+        self.store(b, &mut y);
+        let part = |x: [f32; LANES], part: fn(u32) -> u32| self.load(&x.map(|x| f32::from_bits(part(x.to_bits()))));
+        let [low, high]: [fn(u32) -> u32; 2] = [|word| word << 16, |word| word & 0xffff_0000];
+        self.fma(part(x, high), part(y, high), self.fma(part(x, low), part(y, low), c))
+    }
     /// Sixteen signed bytes, as whole numbers.
     fn load_i8(self, from: &[i8; LANES]) -> Self::Vector;
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
@@ -136,6 +164,12 @@ impl Number for u16 {
     fn store<S: Simd>(value: Lanes<S>, to: &mut [Self; LANES]) {
         value.simd.store_bf16(value.value, to);
     }
+}
+
+/// Two bf16 in the bits of an f32.
+#[inline(always)]
+fn pair(low: u16, high: u16) -> f32 {
+    f32::from_bits(u32::from(low) | u32::from(high) << 16)
 }
 
 /// Code written once over [`Simd`]. `run` must be `#[inline(always)]`, and so must what it calls, or the calls are

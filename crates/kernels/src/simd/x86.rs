@@ -6,7 +6,7 @@
 use super::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that the processor has AVX-512 F, BW, DQ, VL.
+/// Proof that the processor has AVX-512 F, BW, DQ, VL, BF16.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
 
@@ -18,7 +18,7 @@ pub(crate) struct Avx2(());
 #[inline]
 pub(super) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     // `Isa::Avx512` is only ever handed out when the processor has these features.
-    debug_assert!(is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq"));
+    debug_assert!(is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16"));
     Avx512(()).call(kernel)
 }
 
@@ -29,6 +29,17 @@ pub(super) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     debug_assert!(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
     Avx2(()).call(kernel)
 }
+
+/// From sixteen low halves and sixteen high halves to sixteen pairs.
+const PAIRS: [u16; 2 * LANES] = {
+    let mut order = [0; 2 * LANES];
+    let mut i = 0;
+    while i < 2 * LANES {
+        order[i] = (i / 2 + i % 2 * LANES) as u16;
+        i += 1;
+    }
+    order
+};
 
 /// One method of one AVX-512 instruction (or of a few).
 macro_rules! avx512 {
@@ -47,7 +58,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
         fn compiled<K: Kernel>(kernel: K) -> K::Output {
             kernel.run(Avx512(()))
         }
@@ -64,6 +75,15 @@ impl Simd for Avx512 {
     avx512!(load_i8(from: &[i8; LANES]) -> __m512, {
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast())))
     });
+    avx512!(narrow_two(first: __m512, second: __m512) -> __m512,
+        std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(second, first)));
+    avx512!(narrow_pairs(low: __m512, high: __m512) -> __m512, {
+        let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+        let order = _mm512_loadu_si512(PAIRS.as_ptr().cast());
+        _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))
+    });
+    avx512!(fma_pairs(a: __m512, b: __m512, c: __m512) -> __m512,
+        _mm512_dpbf16_ps(c, std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b)));
     avx512!(add(a: __m512, b: __m512) -> __m512, _mm512_add_ps(a, b));
     avx512!(sub(a: __m512, b: __m512) -> __m512, _mm512_sub_ps(a, b));
     avx512!(mul(a: __m512, b: __m512) -> __m512, _mm512_mul_ps(a, b));

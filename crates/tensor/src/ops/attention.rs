@@ -46,14 +46,15 @@ pub fn attention_with_sinks<'p>(
     if !g.is_recording() {
         return Ok(Var::constant(output));
     }
+    let precision = g.precision();
     let (inputs, shape, starts, saved_out) =
         ([q.clone(), k.clone(), v.clone()], *shape, starts.to_vec(), output.clone());
     let backward = move |dy: Buffer<f32>, back: &mut Backprop<'_>| {
         let [q, k, v] = &inputs;
-        let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Buffer::zeroed(x.data().len()));
+        let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| Buffer::scratch(x.data().len()));
         let saved =
             Saved { q: q.data(), k: k.data(), v: v.data(), sequence_starts: &starts, out: saved_out.data(), lse: &lse };
-        attention_backward(&shape, &saved, &dy, &mut dq, &mut dk, &mut dv);
+        attention_backward(&shape, &saved, precision, &dy, [&mut dq, &mut dk, &mut dv]);
         for (x, dx) in [(q, dq), (k, dk), (v, dv)] {
             back.give(x, dx);
         }
