@@ -8,7 +8,7 @@
 //! probabilities are those that gave the answers, and their gradients lose most of their digits against the shift.
 
 use super::forward::{KEY_INDEX, capped};
-use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, pair_rows, transpose_rows};
+use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, pair_rows, transpose_rows};
 use super::tile::{Element, Left, Pair, Product, Right, TILE_ROWS};
 use super::{AttentionShape, Saved};
 use crate::gemm::Precision;
@@ -306,6 +306,7 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
                 pair_rows(simd, dout, rows(), &mut working.dout_words[of_head(head, word_rows, value_width)]);
             }
             for (row, shift) in rows().zip(&mut working.shift[head * length..][..length]) {
+                out.prefetch(row + AHEAD);
                 let mut sum = Lanes::splat(simd, 0.0);
                 for (a, b) in dout.row(row).chunks(LANES).zip(out.row(row).chunks(LANES)) {
                     sum = Lanes::load_any(simd, a, 0.0).fma(Lanes::load_any(simd, b, 0.0), sum);

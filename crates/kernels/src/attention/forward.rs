@@ -21,6 +21,9 @@ use std::ops::Range;
 /// Query rows (of all heads of a group) that share one packing of a key block: whole register tiles.
 const QUERY_ROWS: usize = 12 * TILE_ROWS;
 
+/// From so many heads of all sequences on, several times as many rows share a packing: there is work for all threads.
+const MANY_HEADS: usize = 64;
+
 /// The queries of one sequence from `first_position` on, and the keys and values from position 0 on.
 #[derive(Clone, Copy)]
 pub(super) struct Sequence<'a> {
@@ -70,7 +73,8 @@ pub(super) fn attend(
     results: Results<'_>,
 ) {
     assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_heads), "a sink for each query head");
-    let step = (QUERY_ROWS / shape.group()).max(1);
+    let stacked = if sequences.len() * shape.n_kv_heads < MANY_HEADS { QUERY_ROWS } else { 4 * QUERY_ROWS };
+    let step = (stacked / shape.group()).max(1);
     let mut tasks = Vec::new();
     let mut work = 0;
     for (index, sequence) in sequences.iter().enumerate() {
