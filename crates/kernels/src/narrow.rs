@@ -133,7 +133,7 @@ impl<'a> DisjointNumbers<'a> {
     }
 }
 
-/// `out = x`, rounded to the nearest bf16, ties to even; a NaN stays one.
+/// `out = x`, rounded to the nearest bf16, ties to even; a NaN stays one. AVX-512 takes denormals for zero.
 pub fn narrow(x: &[f32], out: &mut [u16]) {
     narrow_on(Isa::current(), x, out);
 }

@@ -102,8 +102,8 @@ impl Attention {
         }
         if let Some(rotation) = &self.rotation {
             let table = rotation.covering(batch.end_position());
-            let turn = |x: &Var, heads| ops::rope(g, x, heads, shape.head_dim, &batch.positions, &table);
-            (q, k) = (turn(&q, shape.n_heads)?, turn(&k, shape.n_kv_heads)?);
+            let turn = |x: Var, heads| ops::rope(g, x, heads, shape.head_dim, &batch.positions, &table);
+            (q, k) = (turn(q, shape.n_heads)?, turn(k, shape.n_kv_heads)?);
         }
         if is_turned_first {
             (q, k) = self.normed(g, q, k)?;

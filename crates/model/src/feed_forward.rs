@@ -154,7 +154,7 @@ impl Mixture {
                 let open = ops::sigmoid(g, &ops::linear_f32(g, x, gate)?);
                 answer = ops::scale_rows(g, &answer, &open)?;
             }
-            y = ops::add(g, &y, &answer)?;
+            y = ops::add(g, &y, answer)?;
         }
         if let Some(bias) = &self.bias {
             y = ops::add_bias(g, &y, bias)?;

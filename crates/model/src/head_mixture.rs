@@ -69,8 +69,8 @@ impl MixedAttention {
         let v = ops::columns(g, &kv, 2 * width, width..2 * width)?;
         if let Some(rotation) = &self.rotation {
             let table = rotation.covering(batch.end_position());
-            let turn = |x: &Var, heads| ops::rope(g, x, heads, shape.head_dim, &batch.positions, &table);
-            (q, k) = (turn(&q, shape.n_heads)?, turn(&k, shape.n_kv_heads)?);
+            let turn = |x: Var, heads| ops::rope(g, x, heads, shape.head_dim, &batch.positions, &table);
+            (q, k) = (turn(q, shape.n_heads)?, turn(k, shape.n_kv_heads)?);
         }
         let attended = match states {
             None => ops::attention(g, &q, &k, &v, shape, &batch.starts)?,

@@ -89,18 +89,18 @@ impl LatentAttention {
         let (shape, heads) = (&self.shape, self.shape.n_heads);
         let rope_dim = shape.head_dim - shape.value_dim;
         let table = self.rotation.covering(batch.end_position());
-        let turn = |x: &Var, heads| ops::rope(g, x, heads, rope_dim, &batch.positions, &table);
+        let turn = |x: Var, heads| ops::rope(g, x, heads, rope_dim, &batch.positions, &table);
 
         let query_input = match &self.query_latent {
             None => x.clone(),
             Some([q_a, q_norm]) => ops::rms_norm(g, &ops::linear(g, x, q_a)?, q_norm, self.eps)?,
         };
         let q_nope = ops::linear_by_head(g, &ops::linear(g, &query_input, &self.q_nope)?, &self.k_up)?;
-        let q_rope = turn(&ops::linear(g, &query_input, &self.q_rope)?, heads)?;
+        let q_rope = turn(ops::linear(g, &query_input, &self.q_rope)?, heads)?;
         let q = ops::join_heads(g, &q_nope, &q_rope, heads)?;
 
         let latent = ops::rms_norm(g, &ops::linear(g, x, &self.kv_a)?, &self.kv_norm, self.eps)?;
-        let k = ops::join_heads(g, &latent, &turn(&ops::linear(g, x, &self.k_rope)?, 1)?, 1)?;
+        let k = ops::join_heads(g, &latent, &turn(ops::linear(g, x, &self.k_rope)?, 1)?, 1)?;
         let attended = match states {
             None => ops::attention(g, &q, &k, &latent, shape, &batch.starts)?,
             Some(states) => attend_cached(shape, &q, [k.data(), latent.data()], None, batch, states),

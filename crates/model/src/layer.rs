@@ -89,9 +89,9 @@ impl Layer {
             return self.forward_some(depths, g, x, batch, states);
         }
         let (mixed, mixer) = self.mix(g, x, batch, states)?;
-        let x = self.add(g, x, &mixed)?;
+        let x = self.add(g, x, mixed)?;
         let (y, routing) = self.feed_forward(g, &x, batch)?;
-        Ok((self.add(g, &x, &y)?, Notes { mixer, routing, depth: None }))
+        Ok((self.add(g, &x, y)?, Notes { mixer, routing, depth: None }))
     }
 
     /// What the mixer adds to the residual stream, and what its router decided, if it has one.
@@ -130,10 +130,10 @@ impl Layer {
         let through = |g: &Graph<'p>, rows: &Var, chosen: &[usize]| -> Result<Var, ModelError> {
             let part = batch.select(chosen);
             let (mixed, by_mixer) = self.mix(g, rows, &part, states.as_deref_mut())?;
-            let between = self.add(g, rows, &mixed)?;
+            let between = self.add(g, rows, mixed.clone())?;
             let (y, decided) = self.feed_forward(g, &between, &part)?;
             (mixer, routing) = (by_mixer, decided);
-            self.add(g, &mixed, &y)
+            self.add(g, &mixed, y)
         };
         let (y, decision) = if g.is_training() {
             // Another number than the experts' router draws from.
@@ -151,11 +151,11 @@ impl Layer {
     }
 
     /// The residual stream and a part's answer.
-    fn add<'p>(&self, g: &Graph<'p>, x: &Var, y: &Var) -> Result<Var, ModelError> {
+    fn add<'p>(&self, g: &Graph<'p>, x: &Var, y: Var) -> Result<Var, ModelError> {
         if self.residual_scale == 1.0 {
             return Ok(ops::add(g, x, y)?);
         }
-        Ok(ops::add(g, x, &ops::scale(g, y, self.residual_scale))?)
+        Ok(ops::add(g, x, ops::scale(g, &y, self.residual_scale))?)
     }
 
     /// As [`Layer::forward`] without a cache, its inner activations made anew in the backward.

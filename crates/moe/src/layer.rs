@@ -56,7 +56,7 @@ impl<R: RoutingMethod> MoeLayer<R> {
         let decision = self.router.decide(g, x, context)?;
         let mut y = self.experts.forward(g, x, &decision.plan, &decision.weights)?;
         if let Some(skip) = &decision.skip {
-            y = ops::add(g, &y, &crate::routers::math::scale_rows(g, x, skip)?)?;
+            y = ops::add(g, &y, crate::routers::math::scale_rows(g, x, skip)?)?;
         }
         Ok((y, decision))
     }

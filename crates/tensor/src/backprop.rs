@@ -4,8 +4,8 @@
 //! with zeros and lets a matrix product write there directly. An operation that made its gradient in a buffer of its own
 //! gives that away instead of copying it.
 
-use crate::{Gradients, Param, Place};
-use moebius_kernels::gemm::Beta;
+use crate::{Gradients, Param, Place, Tensor};
+use moebius_kernels::gemm::{Beta, Mat, Packed, Precision};
 use moebius_kernels::memory::{self, Buffer};
 use moebius_kernels::select;
 
@@ -14,13 +14,14 @@ pub struct Backprop<'g> {
     graph: u64,
     by_entry: Vec<Option<Buffer<f32>>>,
     lens: Vec<usize>,
+    packed: Option<(Precision, Tensor, Packed)>,
     pub(crate) gradients: &'g mut Gradients,
 }
 
 impl<'g> Backprop<'g> {
     /// No gradients yet for a tape of entries of `lens` numbers.
     pub(crate) fn new(graph: u64, lens: Vec<usize>, gradients: &'g mut Gradients) -> Self {
-        Self { graph, by_entry: lens.iter().map(|_| None).collect(), lens, gradients }
+        Self { graph, by_entry: lens.iter().map(|_| None).collect(), lens, packed: None, gradients }
     }
 
     pub(crate) fn take_entry(&mut self, index: usize) -> Option<Buffer<f32>> {
@@ -78,6 +79,18 @@ impl<'g> Backprop<'g> {
                 *empty = Some(gradient);
             }
         }
+    }
+
+    /// `x` `[rows, cols]` as the right operand of a product. The last one is kept: queries, keys and values are
+    /// products of one input, whose backwards follow each other.
+    pub(crate) fn packed(&mut self, precision: Precision, x: &Tensor, [rows, cols]: [usize; 2]) -> Packed {
+        let kept = self.packed.take_if(|(kept, of, _)| *kept != precision || !of.shares_with(x));
+        // Its memory is the next one's.
+        drop(kept);
+        let (_, _, packed) = self
+            .packed
+            .get_or_insert_with(|| (precision, x.clone(), Packed::pack(precision, Mat::new(x.data(), rows, cols))));
+        packed.clone()
     }
 
     /// The buffer for the gradient of a weight and how to write it.

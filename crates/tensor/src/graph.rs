@@ -62,6 +62,11 @@ impl Var {
         &self.value
     }
 
+    /// Its numbers and shape, without the copy that changing them would cost if this were not the last to hold them.
+    pub fn into_value(self) -> Tensor {
+        self.value
+    }
+
     /// Its numbers.
     pub fn data(&self) -> &[f32] {
         self.value.data()
@@ -251,7 +256,18 @@ impl<'p> Graph<'p> {
         output: Tensor,
         backward: impl FnOnce(Buffer<f32>, &mut Backprop<'_>) + 'p,
     ) -> Var {
-        let recorded = inputs.iter().filter(|input| input.place.on(self.id).is_some()).count();
+        let places: Vec<Place> = inputs.iter().map(|input| input.place).collect();
+        self.record_from_places(&places, output, backward)
+    }
+
+    /// As [`Graph::record_from`], for an operation that has taken its inputs apart.
+    pub(crate) fn record_from_places(
+        &self,
+        inputs: &[Place],
+        output: Tensor,
+        backward: impl FnOnce(Buffer<f32>, &mut Backprop<'_>) + 'p,
+    ) -> Var {
+        let recorded = inputs.iter().filter(|input| input.on(self.id).is_some()).count();
         if recorded > 0 { self.record(output, backward) } else { Var::constant(output) }
     }
 

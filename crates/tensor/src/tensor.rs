@@ -73,6 +73,11 @@ impl Tensor {
         Arc::<Buffer<f32>>::make_mut(&mut self.data)
     }
 
+    /// Whether both hold the same numbers in the same shape, not just equal ones.
+    pub(crate) fn shares_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.data, &other.data) && self.shape == other.shape
+    }
+
     /// Tensors that share the numbers.
     #[cfg(test)]
     pub(crate) fn holders(&self) -> usize {

@@ -62,11 +62,11 @@ impl Network {
     fn layer<'p>(&'p self, g: &Graph<'p>, x: &Var) -> Result<Var, TensorError> {
         let normed = ops::rms_norm(g, x, &self.norm, 1e-5)?;
         let [q, k, v] = [&self.queries, &self.keys, &self.values].map(|weight| ops::linear(g, &normed, weight));
-        let rotated = |x: &Var, heads| ops::rope(g, x, heads, HEAD, &positions(), &self.rope);
-        let mixed = ops::attention(g, &rotated(&q?, 6)?, &rotated(&k?, 3)?, &v?, &ATTENTION, &STARTS)?;
-        let x = ops::add(g, x, &ops::linear(g, &mixed, &self.output)?)?;
+        let rotated = |x: Var, heads| ops::rope(g, x, heads, HEAD, &positions(), &self.rope);
+        let mixed = ops::attention(g, &rotated(q?, 6)?, &rotated(k?, 3)?, &v?, &ATTENTION, &STARTS)?;
+        let x = ops::add(g, x, ops::linear(g, &mixed, &self.output)?)?;
         let inner = ops::swiglu(g, &ops::linear_f32(g, &ops::rms_norm(g, &x, &self.norm, 1e-5)?, &self.gate_up)?)?;
-        ops::add(g, &x, &ops::scale(g, &ops::linear(g, &inner, &self.down)?, 0.7))
+        ops::add(g, &x, ops::scale(g, &ops::linear(g, &inner, &self.down)?, 0.7))
     }
 
     /// The loss, the hidden states, all gradients and their norm.

@@ -47,18 +47,6 @@ impl Kernel for ScaledAdd<'_> {
     }
 }
 
-/// `out = a + b`.
-pub fn add(a: &[f32], b: &[f32], out: &mut [f32]) {
-    assert_eq!(a.len(), b.len());
-    assert_eq!(a.len(), out.len());
-    let out = DisjointMut::new(out);
-    for_each_block_of(BLOCK, a.len(), 1, |block| {
-        // SAFETY: blocks are disjoint.
-        let out = unsafe { out.range(block.clone()) };
-        out.iter_mut().zip(&a[block.clone()]).zip(&b[block]).for_each(|((out, a), b)| *out = a + b);
-    });
-}
-
 /// `x *= factor`.
 pub fn scale(x: &mut [f32], factor: f32) {
     let len = x.len();

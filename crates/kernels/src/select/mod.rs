@@ -6,7 +6,7 @@ mod arithmetic;
 mod rows;
 mod top_k;
 
-pub use arithmetic::{add, add_assign, scale, scaled_add, sum_squares};
+pub use arithmetic::{add_assign, scale, scaled_add, sum_squares};
 pub use rows::{
     embedding_backward, embedding_backward_reference, gather_rows, gather_rows_weighted, gathered_dots, scatter_add,
     scatter_weighted, scatter_weighted_reference,

@@ -35,7 +35,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn store(self, value: Self::Vector, to: &mut [f32; LANES]);
     /// Sixteen bf16, widened.
     fn load_bf16(self, from: &[u16; LANES]) -> Self::Vector;
-    /// Rounded to the nearest bf16, ties to even; a NaN stays one.
+    /// Rounded to the nearest bf16, ties to even; a NaN stays one. AVX-512 takes denormals for zero.
     #[inline(always)]
     fn store_bf16(self, value: Self::Vector, to: &mut [u16; LANES]) {
         let mut lanes = [0.0; LANES];

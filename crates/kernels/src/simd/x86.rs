@@ -113,12 +113,7 @@ impl Simd for Avx512 {
     fn store_bf16(self, value: __m512, to: &mut [u16; LANES]) {
         // SAFETY: `self` proves AVX-512; the array holds 16 halves.
         unsafe {
-            let bits = _mm512_castps_si512(value);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
-            let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
-            let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(value));
             _mm256_storeu_si256(to.as_mut_ptr().cast(), halves);
         }
     }

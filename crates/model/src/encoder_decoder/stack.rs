@@ -102,12 +102,12 @@ impl Stack {
             let normed = ops::rms_norm(g, &x, &block.norm, self.eps)?;
             let bias = Some((&self.bias, &bias));
             let attended = block.attention.whole(g, &normed, &normed, &self.shape, bias, [&batch.starts; 2])?;
-            x = ops::add(g, &x, &attended)?;
+            x = ops::add(g, &x, attended)?;
             if let (Some((norm, cross)), Source::Encoded(encoded, starts)) = (&block.cross, source) {
                 let normed = ops::rms_norm(g, &x, norm, self.eps)?;
                 let shape = BiasedShape { causal: false, ..self.shape };
                 let read = cross.whole(g, &normed, encoded, &shape, None, [&batch.starts, starts])?;
-                x = ops::add(g, &x, &read)?;
+                x = ops::add(g, &x, read)?;
             }
             x = self.network(g, layer, x, batch, &mut [], observer)?;
         }
@@ -132,10 +132,10 @@ impl Stack {
             let normed = ops::rms_norm(g, &x, &block.norm, self.eps)?;
             let attended =
                 block.attention.remembered(g, &normed, &self.shape, &bias.by_distance(), batch, &mut memories)?;
-            x = ops::add(g, &x, &attended)?;
+            x = ops::add(g, &x, attended)?;
             if let Some((norm, cross)) = &block.cross {
                 let normed = ops::rms_norm(g, &x, norm, self.eps)?;
-                x = ops::add(g, &x, &cross.known(g, &normed, &self.shape, batch, &memories)?)?;
+                x = ops::add(g, &x, cross.known(g, &normed, &self.shape, batch, &memories)?)?;
             }
             let mut counts: Vec<&mut [u32]> = memories.into_iter().map(|memory| &mut memory.counts[..]).collect();
             x = self.network(g, layer, x, batch, &mut counts, observer)?;
@@ -170,7 +170,7 @@ impl Stack {
         if let Some(routing) = &routing {
             observer.routing(layer, routing);
         }
-        Ok(ops::add(g, &x, &y)?)
+        Ok(ops::add(g, &x, y)?)
     }
 
     fn finish<'p>(&'p self, g: &Graph<'p>, x: Var, observer: &mut dyn Observer) -> Result<Var, ModelError> {

@@ -292,7 +292,7 @@ impl Block {
         context: &Context<'_>,
     ) -> Result<(Var, Option<Decision>), ModelError> {
         let normed = ops::rms_norm(g, x, &self.attention_norm, NORM_EPSILON)?;
-        let x = ops::add(g, x, &self.attend(g, &normed, config, context.starts)?)?;
+        let x = ops::add(g, x, self.attend(g, &normed, config, context.starts)?)?;
         let normed = ops::rms_norm(g, &x, &self.ffn_norm, NORM_EPSILON)?;
         let (y, decision) = match &self.ffn {
             FeedForward::Dense { gate_up, down } => {
@@ -305,7 +305,7 @@ impl Block {
             }
             FeedForward::Soft(layer) => (layer.forward_groups(g, &normed, context.starts.len() - 1)?, None),
         };
-        Ok((ops::add(g, &x, &y)?, decision))
+        Ok((ops::add(g, &x, y)?, decision))
     }
 
     fn attend<'p>(

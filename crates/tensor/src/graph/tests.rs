@@ -13,8 +13,8 @@ fn bits(x: &[f32]) -> Vec<u32> {
 fn gradients_of_all_uses_add_up() {
     let (g, mut gradients) = (Graph::training(Precision::F32), Gradients::new());
     let x = g.variable(Tensor::new(&[2], vec![1.0, 2.0]));
-    let y = ops::add(&g, &ops::scale(&g, &x, 3.0), &x).unwrap();
-    let z = ops::add(&g, &y, &y).unwrap();
+    let y = ops::add(&g, &ops::scale(&g, &x, 3.0), x.clone()).unwrap();
+    let z = ops::add(&g, &y, y.clone()).unwrap();
     let leaves = g.backward_from(&[(&z, &[1.0, 10.0]), (&x, &[0.5, 0.5])], &mut gradients);
     assert_eq!(leaves.get(&x), Some(&[8.5, 80.5][..]));
 }
@@ -23,8 +23,8 @@ fn gradients_of_all_uses_add_up() {
 fn nothing_flows_to_constants_or_without_a_tape() {
     let (g, mut gradients) = (Graph::training(Precision::F32), Gradients::new());
     let (x, constant) = (g.variable(Tensor::scalar(2.0)), Var::constant(Tensor::scalar(3.0)));
-    assert!(!ops::add(&g, &constant, &x.detach()).unwrap().needs_gradient());
-    let y = ops::add(&g, &x, &constant).unwrap();
+    assert!(!ops::add(&g, &constant, x.detach()).unwrap().needs_gradient());
+    let y = ops::add(&g, &x, constant.clone()).unwrap();
     let unused = g.variable(Tensor::scalar(1.0));
     let leaves = g.backward(&y, &mut gradients);
     assert_eq!((leaves.get(&x), leaves.get(&constant), leaves.get(&unused)), (Some(&[1.0][..]), None, None));
@@ -65,8 +65,11 @@ fn sums_and_rotations_keep_no_numbers() {
     let g = Graph::training(Precision::F32);
     let x = g.variable(random(&[3, 8], 1));
     let table = std::sync::Arc::new(RopeTable::new(100.0, 4, 8));
-    let results =
-        [ops::scale(&g, &x, 2.0), ops::add(&g, &x, &x).unwrap(), ops::rope(&g, &x, 2, 4, &[0, 1, 2], &table).unwrap()];
+    let results = [
+        ops::scale(&g, &x, 2.0),
+        ops::add(&g, &x, x.clone()).unwrap(),
+        ops::rope(&g, x.clone(), 2, 4, &[0, 1, 2], &table).unwrap(),
+    ];
     assert_eq!(x.value().holders(), 1, "the tape holds the input");
     assert!(results.iter().all(|y| y.value().holders() == 1), "the tape holds the output");
 }
@@ -77,13 +80,13 @@ fn network<'p>(g: &Graph<'p>, x: &Var, weights: &'p [Param], recompute: bool) ->
         let normed = ops::rms_norm(g, x, &weights[0], 1e-5)?;
         let inner = ops::swiglu(g, &ops::linear(g, &normed, &weights[1])?)?;
         let y = ops::linear(g, &inner, &weights[2])?;
-        Ok(vec![ops::add(g, x, &y)?, inner])
+        Ok(vec![ops::add(g, x, y)?, inner])
     };
     let run = |x: &Var| if recompute { g.checkpoint(x, part) } else { part(g, x) }.unwrap();
     let first = run(x);
     let second = run(&first[0]);
     // x and the inner activations are used again, after the parts that use them too.
-    vec![ops::add(g, &second[0], x).unwrap(), ops::add(g, &first[1], &second[1]).unwrap()]
+    vec![ops::add(g, &second[0], x.clone()).unwrap(), ops::add(g, &first[1], second[1].clone()).unwrap()]
 }
 
 #[test]
@@ -142,5 +145,5 @@ fn a_part_knows_in_its_rehearsal_that_it_will_be_trained() {
 fn a_captured_value_does_not_lose_its_gradient_in_silence() {
     let g = Graph::training(Precision::F32);
     let (x, captured) = (g.variable(Tensor::scalar(1.0)), g.variable(Tensor::scalar(2.0)));
-    let _ = g.checkpoint(&x, move |g, x| ops::add(g, x, &captured).map(|y| vec![y]));
+    let _ = g.checkpoint(&x, move |g, x| ops::add(g, x, captured.clone()).map(|y| vec![y]));
 }

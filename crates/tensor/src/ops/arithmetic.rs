@@ -5,13 +5,13 @@ use crate::{Graph, Place, Tensor, TensorError, Var};
 use moebius_kernels::memory::Buffer;
 use moebius_kernels::select;
 
-/// `a + b`, of one shape.
-pub fn add<'p>(g: &Graph<'p>, a: &Var, b: &Var) -> Result<Var, TensorError> {
+/// `a + b`, of one shape; in the place of b, if nobody else holds it.
+pub fn add<'p>(g: &Graph<'p>, a: &Var, b: Var) -> Result<Var, TensorError> {
     same_shape("add", a.value(), b.value())?;
-    let mut out = Buffer::scratch(a.data().len());
-    select::add(a.data(), b.data(), &mut out);
     let (to_a, to_b) = (a.place(), b.place());
-    Ok(g.record_from(&[a, b], Tensor::new(a.shape(), out), move |dy, back| {
+    let mut sum = b.into_value();
+    select::add_assign(sum.data_mut(), a.data());
+    Ok(g.record_from_places(&[to_a, to_b], sum, move |dy, back| {
         back.add(to_a, &dy);
         back.give(to_b, dy);
     }))
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn gradients_match_finite_differences() {
         check_gradients(&[random(&[3, 5], 1), random(&[3, 5], 2)], |g, x| {
-            add(g, &scale(g, &x[0], 1.5), &add(g, &x[1], &x[0]).unwrap()).unwrap()
+            add(g, &scale(g, &x[0], 1.5), add(g, &x[1], x[0].clone()).unwrap()).unwrap()
         });
     }
 
@@ -121,6 +121,6 @@ mod tests {
     fn shapes_must_agree() {
         let g = Graph::inference(moebius_kernels::gemm::Precision::F32);
         let (a, b) = (Var::constant(Tensor::zeros(&[2, 3])), Var::constant(Tensor::zeros(&[3, 2])));
-        assert_eq!(add(&g, &a, &b).unwrap_err().to_string(), "add: wanted shape [2, 3], found [3, 2]");
+        assert_eq!(add(&g, &a, b).unwrap_err().to_string(), "add: wanted shape [2, 3], found [3, 2]");
     }
 }

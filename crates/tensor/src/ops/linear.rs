@@ -2,7 +2,7 @@
 
 use super::rows_of;
 use crate::{Graph, Param, Tensor, TensorError, Var};
-use moebius_kernels::gemm::{Mat, Precision, grouped_matmul_weight_gradient, matmul_packed};
+use moebius_kernels::gemm::{Mat, Precision, matmul_packed};
 use moebius_kernels::memory::Buffer;
 
 /// x Wᵀ in the graph's precision.
@@ -47,8 +47,9 @@ fn linear_in<'p>(g: &Graph<'p>, precision: Precision, x: &Var, weight: &'p Param
         if let Some((dx, beta)) = back.of(&input) {
             matmul_packed(dy, &weight.packed_backward(precision)[0], dx, beta);
         }
+        let packed = back.packed(precision, input.value(), [rows, inner]);
         let (dw, beta) = back.weight(weight);
-        grouped_matmul_weight_gradient(precision, dy, Mat::new(input.data(), rows, inner), &[0, rows], dw, beta);
+        matmul_packed(dy.t(), &packed, dw, beta);
     }))
 }
 
