@@ -112,9 +112,9 @@ mod tests {
             let reference =
                 [wanted(|a, b| a + 0.3 * b), wanted(|a, b| a + b), wanted(|a, _| 0.3 * a), vec![squares as f32]];
             check(&reference, 3e-7, |isa| {
-                let (mut scaled_sum, mut sum, mut multiple) = (a.to_vec(), vec![0.0; len], a.to_vec());
+                let (mut scaled_sum, mut sum, mut multiple) = (a.to_vec(), a.to_vec(), a.to_vec());
                 scaled_add_on(isa, &mut scaled_sum, 0.3, b);
-                add(a, b, &mut sum);
+                add_assign(&mut sum, b);
                 scale(&mut multiple, 0.3);
                 vec![scaled_sum, sum, multiple, vec![sum_squares_on(isa, a) as f32]]
             });
