@@ -8,7 +8,7 @@
 //! probabilities are those that gave the answers, and their gradients lose most of their digits against the shift.
 
 use super::forward::{KEY_INDEX, capped};
-use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, pair_rows, transpose_rows};
+use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, pair_rows, prefetch, transpose_rows};
 use super::tile::{Element, Left, Pair, Product, Right, TILE_ROWS};
 use super::{AttentionShape, Saved};
 use crate::gemm::Precision;
@@ -486,6 +486,7 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
 fn write_rows<S: Simd>(simd: S, from: &[f32], rows: &Range<usize>, to: &DisjointMut<'_, f32>, layout: HeadRows<'_>) {
     for (row, from) in rows.clone().zip(from.chunks_exact(padded(layout.head_dim))) {
         let at = row * layout.width + layout.offset;
+        prefetch::<true>(to.at(at).wrapping_add(AHEAD * layout.width), layout.head_dim);
         // SAFETY: a task has its rows of its heads to itself.
         let to = unsafe { to.range(at..at + layout.head_dim) };
         for (to, from) in to.chunks_mut(LANES).zip(from.as_chunks::<LANES>().0) {

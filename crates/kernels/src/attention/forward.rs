@@ -8,12 +8,12 @@
 use super::AttentionShape;
 use super::cache::{BlockOf, LayerCache};
 use super::latent::LatentCache;
-use super::pack::{HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
-use super::tile::{Element, Left, Product, Right, TILE_ROWS};
+use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, prefetch, transpose_rows};
+use super::tile::{Element, Left, Mixture, Product, Right, TILE_ROWS};
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
-use crate::simd::math::{exp_nonpositive, tanh};
+use crate::simd::math::{exp_nonpositive, ln, tanh};
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
 use crate::tasks::for_each_task;
 use std::ops::Range;
@@ -260,7 +260,11 @@ fn attend_tile<S: Simd, E: Element>(
         scale_keys(simd, &mut scores[..rows.len()], of_keys);
     }
     let mut rescale = [0.0; LANES];
-    let added = exponentiate(simd, scores, visible, shape, &mut block.largest[rows.clone()], &mut rescale);
+    let largest = &mut block.largest[rows.clone()];
+    let added = match visible.iter().all(|seen| *seen == (0..KEY_BLOCK)) {
+        true => exponentiate::<S, true>(simd, scores, visible, shape, largest, &mut rescale),
+        false => exponentiate::<S, false>(simd, scores, visible, shape, largest, &mut rescale),
+    };
     // Rows that see nothing here keep the difference 0, and so the factor 1.
     exp_nonpositive(Lanes::load(simd, &rescale)).store(&mut rescale);
     for (i, row) in rows.clone().enumerate() {
@@ -301,9 +305,10 @@ pub(super) const KEY_INDEX: [f32; KEY_BLOCK] = {
 /// Replaces scores (dot products) by `exp(score * scale - largest)`, zero for invisible keys; raises each row's
 /// `largest`, leaves how far in `raise` (as what to add, so at most zero), and returns the sums.
 ///
-/// It goes over all rows in each of four steps, because a row alone would wait for every step's result.
+/// It goes over all rows in each of four steps, because a row alone would wait for every step's result. `ALL` says that
+/// every row sees the whole block.
 #[inline(always)]
-fn exponentiate<S: Simd>(
+fn exponentiate<S: Simd, const ALL: bool>(
     simd: S,
     scores: &mut [[f32; KEY_BLOCK]],
     visible: &[Range<usize>],
@@ -317,12 +322,12 @@ fn exponentiate<S: Simd>(
     for ((scores, visible), partial) in scores.iter_mut().zip(visible).zip(&mut partial) {
         let mut top = nothing;
         for (v, scores) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            if v * LANES < visible.end {
+            if ALL || v * LANES < visible.end {
                 let mut scaled = Lanes::load(simd, scores) * scale;
                 if let Some(cap) = shape.soft_cap {
                     scaled = capped(scaled, splat(cap));
                 }
-                if *visible != (0..KEY_BLOCK) {
+                if !ALL && *visible != (0..KEY_BLOCK) {
                     let index = Lanes::load(simd, &KEY_INDEX.as_chunks::<LANES>().0[v]);
                     scaled = index.select_less(splat(visible.end as f32), scaled, nothing);
                     scaled = index.select_less(splat(visible.start as f32), nothing, scaled);
@@ -334,7 +339,7 @@ fn exponentiate<S: Simd>(
         top.store(partial);
     }
     for (((largest, visible), partial), raise) in largest.iter_mut().zip(visible).zip(&partial).zip(raise) {
-        if !visible.is_empty() {
+        if ALL || !visible.is_empty() {
             let found = Lanes::load(simd, partial).largest();
             let before = *largest;
             *largest = if found > before { found } else { before };
@@ -345,7 +350,7 @@ fn exponentiate<S: Simd>(
         let largest = splat(*largest);
         let mut sums = [splat(0.0); KEY_BLOCK / LANES];
         for ((v, scores), sum) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate().zip(&mut sums) {
-            if v * LANES < visible.end {
+            if ALL || v * LANES < visible.end {
                 *sum = exp_nonpositive(Lanes::load(simd, scores) - largest);
                 sum.store(scores);
             }
@@ -354,7 +359,7 @@ fn exponentiate<S: Simd>(
     }
     let mut added = [0.0; TILE_ROWS];
     for ((added, visible), partial) in added.iter_mut().zip(visible).zip(&partial) {
-        if !visible.is_empty() {
+        if ALL || !visible.is_empty() {
             *added = Lanes::load(simd, partial).sum();
         }
     }
@@ -377,6 +382,11 @@ fn mix_values<S: Simd, E: Element>(
     width: usize,
     mixed: &mut [f32],
 ) {
+    if let (true, Ok(seen)) = (S::WIDE_TILE, visible.try_into()) {
+        let weights = Left { data: weights, row_stride: KEY_BLOCK, k_stride: 1 };
+        let values = Right { data: values, stride: width, vectors: width / LANES };
+        return simd.call(Mixture { seen, weights, values, mixed });
+    }
     let mut mix = |row: usize, rows: usize, keys: Range<usize>| {
         if keys.is_empty() {
             return;
@@ -394,7 +404,7 @@ fn mix_values<S: Simd, E: Element>(
         });
     };
     // What rows see in common goes through a tile (of all rows if they see alike, else of four); the ragged ends, row
-    // by row.
+    // by row. Whole tiles have taken the short way.
     let alike = visible.iter().all(|v| *v == visible[0]);
     let height = if alike { TILE_ROWS } else { 4 };
     for (i, visible) in visible.chunks(height).enumerate() {
@@ -422,17 +432,24 @@ impl ForwardTask<'_> {
             let row = self.sequence.first_row + self.task.rows.start + i / group;
             let head = self.task.kv_head * group + i % group;
             let at = row * shape.out_width() + head * value_dim;
+            prefetch::<true>(self.results.out.at(at).wrapping_add(AHEAD / group * shape.out_width()), value_dim);
             // SAFETY: this task alone writes these rows of these heads.
             let out = unsafe { self.results.out.range(at..at + value_dim) };
             let sum = Lanes::splat(simd, block.sums[i]);
             for (mixed, out) in mixed.as_chunks::<LANES>().0.iter().zip(out.chunks_mut(LANES)) {
                 (Lanes::load(simd, mixed) / sum).store_any(out);
             }
-            if let Some(lse) = &self.results.lse {
-                let at = head * self.results.tokens + row;
+        }
+        let Some(lse) = &self.results.lse else { return };
+        for (first, (largest, sums)) in block.largest.chunks(LANES).zip(block.sums.chunks(LANES)).enumerate() {
+            let mut of_rows = [0.0; LANES];
+            (Lanes::load_any(simd, largest, 0.0) + ln(Lanes::load_any(simd, sums, 1.0))).store(&mut of_rows);
+            for (i, of_row) in (first * LANES..).zip(&of_rows[..sums.len()]) {
+                let row = self.sequence.first_row + self.task.rows.start + i / group;
+                let at = (self.task.kv_head * group + i % group) * self.results.tokens + row;
                 // SAFETY: this task alone writes these rows of these heads.
                 let lse = unsafe { lse.range(at..at + 1) };
-                lse[0] = block.largest[i] + block.sums[i].ln();
+                lse[0] = *of_row;
             }
         }
     }

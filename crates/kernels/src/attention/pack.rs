@@ -23,7 +23,7 @@ pub(super) struct HeadRows<'a> {
 }
 
 /// How many rows ahead of their use are called into the cache.
-pub(super) const AHEAD: usize = 8;
+pub(super) const AHEAD: usize = 32;
 
 impl<'a> HeadRows<'a> {
     #[inline(always)]
@@ -35,18 +35,22 @@ impl<'a> HeadRows<'a> {
     /// processor foresees.
     #[inline(always)]
     pub(super) fn prefetch(&self, row: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let start = self.data.as_ptr().wrapping_add(row * self.width + self.offset);
-            for line in (0..self.head_dim).step_by(LANES) {
-                // SAFETY: part of x86-64, and a hint: the address is not read.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = row;
+        prefetch::<false>(self.data.as_ptr().wrapping_add(row * self.width + self.offset), self.head_dim);
     }
+}
+
+/// Calls the lines of some numbers into the cache, to be read or written.
+#[inline(always)]
+pub(super) fn prefetch<const WRITE: bool>(start: *const f32, numbers: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..numbers).step_by(LANES) {
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+        let start = start.wrapping_add(line).cast();
+        // SAFETY: every processor that this is compiled for takes these as hints: the address is not touched.
+        unsafe { if WRITE { _mm_prefetch::<_MM_HINT_ET0>(start) } else { _mm_prefetch::<_MM_HINT_T0>(start) } };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, numbers);
 }
 
 /// Copies rows into `to` `[rows, padded(head_dim)]`, zeros behind each row.

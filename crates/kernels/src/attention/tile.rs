@@ -4,6 +4,7 @@
 //! depend on its own row of A and column of B alone.
 
 use crate::simd::{Kernel, LANES, Simd};
+use std::ops::Range;
 
 /// Rows that are best asked for at once: a multiple of every register tile.
 pub(super) const TILE_ROWS: usize = 8;
@@ -204,5 +205,135 @@ impl<E: Element> Tile<E> {
             }
         }
         V
+    }
+}
+
+/// `mixed[row] += Σ weights[row][k] values[k]` over the k that each row sees, for a whole tile of rows. What a row does
+/// not see is neither read into its sum nor multiplied by zero, so it may be anything.
+pub(super) struct Mixture<'a, E> {
+    pub(super) seen: &'a [Range<usize>; TILE_ROWS],
+    pub(super) weights: Left<'a>,
+    pub(super) values: Right<'a, E>,
+    /// Rows of whole vectors.
+    pub(super) mixed: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for Mixture<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { seen, weights, values, mixed } = self;
+        let columns = values.vectors * LANES;
+        let end = seen.iter().filter(|seen| !seen.is_empty()).map(|seen| seen.end).max().unwrap_or(0);
+        if end == 0 {
+            return;
+        }
+        assert!(mixed.len() >= TILE_ROWS * columns);
+        assert!(weights.data.len() > (TILE_ROWS - 1) * weights.row_stride + (end - 1) * weights.k_stride);
+        assert!(values.data.len() >= (end - 1) * values.stride + columns);
+        let bounds = (seen.iter().map(|seen| seen.start).max(), seen.iter().map(|seen| seen.end).min());
+        let common = match bounds {
+            (Some(start), Some(end)) if start < end => start..end,
+            _ => end..end,
+        };
+        let mut vector = 0;
+        while vector < values.vectors {
+            // SAFETY: the asserts above cover all rows and columns, and every k up to the last that a row sees.
+            vector += unsafe {
+                let tile = MixtureTile {
+                    seen,
+                    common: common.clone(),
+                    weights: weights.data.as_ptr(),
+                    weight_strides: [weights.row_stride, weights.k_stride],
+                    values: values.data.as_ptr().add(vector * LANES),
+                    value_stride: values.stride,
+                    mixed: mixed.as_mut_ptr().add(vector * LANES),
+                    mixed_stride: columns,
+                };
+                match values.vectors - vector {
+                    2.. => tile.run::<S, 2>(simd),
+                    _ => tile.run::<S, 1>(simd),
+                }
+            };
+        }
+    }
+}
+
+/// Some columns of a [`Mixture`].
+struct MixtureTile<'a, E> {
+    seen: &'a [Range<usize>; TILE_ROWS],
+    /// What all rows see.
+    common: Range<usize>,
+    weights: *const f32,
+    weight_strides: [usize; 2],
+    values: *const E,
+    value_stride: usize,
+    mixed: *mut f32,
+    mixed_stride: usize,
+}
+
+impl<E: Element> MixtureTile<'_, E> {
+    /// Computes V vectors of columns; returns V.
+    ///
+    /// # Safety
+    /// All rows, V vectors and the k of `around` must lie inside the slices.
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(self, simd: S) -> usize {
+        // What rows do not see in common goes row by row, before and after.
+        for (row, seen) in self.seen.iter().enumerate() {
+            // SAFETY: handed on.
+            unsafe { self.add::<S, 1, V>(simd, row, seen.start..seen.end.min(self.common.start)) };
+        }
+        // SAFETY: handed on.
+        unsafe { self.add::<S, TILE_ROWS, V>(simd, 0, self.common.clone()) };
+        for (row, seen) in self.seen.iter().enumerate() {
+            // SAFETY: handed on.
+            unsafe { self.add::<S, 1, V>(simd, row, seen.start.max(self.common.end)..seen.end) };
+        }
+        V
+    }
+
+    /// Adds the products of some k to R rows from `first` on.
+    ///
+    /// # Safety
+    /// As [`MixtureTile::run`].
+    #[inline(always)]
+    unsafe fn add<S: Simd, const R: usize, const V: usize>(&self, simd: S, first: usize, range: Range<usize>) {
+        if range.is_empty() {
+            return;
+        }
+        let mut sums = [[simd.splat(0.0); V]; R];
+        let [row_stride, k_stride] = self.weight_strides;
+        // SAFETY: the caller's promise covers every address below.
+        unsafe {
+            let mixed = |row: usize, v: usize| self.mixed.add((first + row) * self.mixed_stride + v * LANES);
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = simd.load(&*mixed(row, v).cast());
+                }
+            }
+            let mut weights = self.weights.add(first * row_stride + range.start * k_stride);
+            let mut values = self.values.add(range.start * self.value_stride);
+            for _ in range {
+                let mut columns = [simd.splat(0.0); V];
+                for (v, column) in columns.iter_mut().enumerate() {
+                    *column = E::load(simd, &*values.add(v * LANES).cast());
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let factor = simd.splat(*weights.add(row * row_stride));
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = E::multiply_add(simd, factor, column, *sum);
+                    }
+                }
+                weights = weights.wrapping_add(k_stride);
+                values = values.wrapping_add(self.value_stride);
+            }
+            for (row, sums) in sums.into_iter().enumerate() {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    simd.store(sum, &mut *mixed(row, v).cast());
+                }
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Functions of sixteen lanes: the exponential, the logistic, the hyperbolic tangent.
+//! Functions of sixteen lanes: exponential and logarithm, the logistic, the hyperbolic tangent.
 
 use super::{LANES, Lanes, Simd};
 
@@ -58,6 +58,24 @@ pub(crate) fn sigmoid<S: Simd>(x: Lanes<S>) -> Lanes<S> {
     let decay = exp_nonpositive(zero - x.abs());
     let numerator = x.select_less(zero, decay, splat(1.0));
     numerator / (decay + splat(1.0))
+}
+
+/// `ln(x)` for normal `x > 0`: absolute error below 3e-7 for results under 1, else relative.
+#[inline(always)]
+pub(crate) fn ln<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+    // An f32's bits are its logarithm, piece by piece linear: at most 0.06 off.
+    let mut guess = [0.0; LANES];
+    x.store(&mut guess);
+    let of_bits = std::f32::consts::LN_2 / (1 << 23) as f32;
+    guess = guess.map(|x| (x.to_bits() as i32 - (127 << 23)) as f32 * of_bits);
+    let mut y = Lanes::load(x.simd, &guess);
+    // Halley's step for exp(y) = x, which leaves a twelfth of the error's cube.
+    for _ in 0..2 {
+        let e = exp(y);
+        let change = (x - e) / (x + e);
+        y = y + (change + change);
+    }
+    y
 }
 
 /// `tanh(x)`: absolute error below 3e-7.
