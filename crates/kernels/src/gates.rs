@@ -6,8 +6,9 @@ use crate::isa::Isa;
 use crate::narrow::{DisjointNumbers, Numbers, NumbersMut};
 use crate::parallel::DisjointMut;
 use crate::simd::math::{sigmoid, tanh};
-use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
-use crate::tasks::{for_each_block, rows as rows_of, rows_mut};
+use crate::simd::{Kernel, LANES, Lanes, Number, Simd, dispatch, prefetch};
+use crate::tasks::for_each_block;
+use std::ops::Range;
 
 /// What becomes of a gate and an up.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -31,23 +32,49 @@ pub enum Gate {
 /// # Shapes
 /// `gate_up` `[rows, 2 f]`, `out` `[rows, f]`.
 pub fn gated(gate: Gate, gate_up: &[f32], f: usize, out: &mut [f32]) {
-    gated_on(Isa::current(), gate, gate_up, f, out);
+    gated_keeping(gate, gate_up, f, None, NumbersMut::F32(out), None);
 }
 
-fn gated_on(isa: Isa, gate: Gate, gate_up: &[f32], f: usize, out: &mut [f32]) {
+/// As [`gated`], times `dropout` if there is one, with the answers as wanted; keeps gates and ups, rounded to bf16, for
+/// a backward if there is room.
+///
+/// # Shapes
+/// `gate_up`, `kept` `[rows, 2 f]`, `dropout`, `out` `[rows, f]`.
+pub fn gated_keeping(
+    gate: Gate,
+    gate_up: &[f32],
+    f: usize,
+    dropout: Option<&[f32]>,
+    out: NumbersMut<'_>,
+    kept: Option<&mut [u16]>,
+) {
+    gated_on(Isa::current(), gate, (gate_up, f), dropout, out, kept);
+}
+
+fn gated_on(
+    isa: Isa,
+    gate: Gate,
+    (gate_up, f): (&[f32], usize),
+    dropout: Option<&[f32]>,
+    out: NumbersMut<'_>,
+    kept: Option<&mut [u16]>,
+) {
     assert_eq!(gate_up.len(), 2 * out.len());
     let rows = out.len() / f.max(1);
     assert_eq!(out.len(), rows * f);
-    let out = DisjointMut::new(out);
+    assert!(dropout.is_none_or(|dropout| dropout.len() == out.len()), "dropout of every number");
+    assert!(kept.as_ref().is_none_or(|kept| kept.len() == gate_up.len()), "room for every gate and up");
+    let (out, kept) = (DisjointNumbers::new(out), kept.map(DisjointMut::new));
     for_each_block(rows, 2 * f, |rows| {
-        let gate_up = rows_of(gate_up, &rows, 2 * f);
+        let (inside, twice) = (rows.start * f..rows.end * f, rows.start * 2 * f..rows.end * 2 * f);
+        let (gate_up, dropout) = (&gate_up[twice.clone()], dropout.map(|dropout| &dropout[inside.clone()]));
         // SAFETY: blocks of rows are disjoint.
-        let out = unsafe { rows_mut(&out, &rows, f) };
+        let (out, kept) = unsafe { (out.range(inside), kept.as_ref().map(|kept| kept.range(twice))) };
         match gate {
-            Gate::Silu => dispatch(isa, Forward { form: Silu, gate_up, f, out }),
-            Gate::GeluTanh => dispatch(isa, Forward { form: GeluTanh, gate_up, f, out }),
+            Gate::Silu => dispatch(isa, Forward { form: Silu, gate_up, f, dropout, out, kept }),
+            Gate::GeluTanh => dispatch(isa, Forward { form: GeluTanh, gate_up, f, dropout, out, kept }),
             Gate::Clamped { alpha, limit } => {
-                dispatch(isa, Forward { form: Clamped { alpha, limit }, gate_up, f, out });
+                dispatch(isa, Forward { form: Clamped { alpha, limit }, gate_up, f, dropout, out, kept });
             }
         }
     });
@@ -218,11 +245,30 @@ fn gelu<S: Simd>(x: Lanes<S>) -> [Lanes<S>; 2] {
     [x * opened, (half * x * (one - tanh * tanh)).fma(steepness, opened)]
 }
 
+/// The places of up to sixteen numbers of a row, from number `first` on: in rows of `f`, and their gates and ups in rows
+/// of `2 f`.
+struct Places {
+    inside: Range<usize>,
+    gates: Range<usize>,
+    ups: Range<usize>,
+}
+
+impl Places {
+    #[inline(always)]
+    fn new(row: usize, first: usize, f: usize) -> Self {
+        let last = f.min(first + LANES);
+        let at = |start: usize| start + first..start + last;
+        Self { inside: at(row * f), gates: at(row * 2 * f), ups: at((row * 2 + 1) * f) }
+    }
+}
+
 struct Forward<'a, F> {
     form: F,
     gate_up: &'a [f32],
     f: usize,
-    out: &'a mut [f32],
+    dropout: Option<&'a [f32]>,
+    out: NumbersMut<'a>,
+    kept: Option<&'a mut [u16]>,
 }
 
 impl<F: Form> Kernel for Forward<'_, F> {
@@ -230,14 +276,53 @@ impl<F: Form> Kernel for Forward<'_, F> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for (gate_up, out) in self.gate_up.chunks_exact(2 * self.f).zip(self.out.chunks_exact_mut(self.f)) {
-            let (gate, up) = gate_up.split_at(self.f);
-            for ((gate, up), out) in gate.chunks(LANES).zip(up.chunks(LANES)).zip(out.chunks_mut(LANES)) {
-                let [gate, up] = [gate, up].map(|x| Lanes::load_any(simd, x, 0.0));
-                self.form.value(gate, up).store_any(out);
+        match self.out {
+            NumbersMut::F32(out) => forward(simd, self.form, (self.gate_up, self.f), self.dropout, out),
+            NumbersMut::Bf16(out) => forward(simd, self.form, (self.gate_up, self.f), self.dropout, out),
+        }
+        // These blocks are small: what was read above is still in the cache.
+        if let Some(kept) = self.kept {
+            for (from, to) in self.gate_up.chunks(LANES).zip(kept.chunks_mut(LANES)) {
+                u16::store_any(Lanes::load_any(simd, from, 0.0), to);
             }
         }
     }
+}
+
+#[inline(always)]
+fn forward<S: Simd, F: Form, N: Number>(
+    simd: S,
+    form: F,
+    (gate_up, f): (&[f32], usize),
+    dropout: Option<&[f32]>,
+    out: &mut [N],
+) {
+    for (row, (gate_up, out)) in gate_up.chunks_exact(2 * f).zip(out.chunks_exact_mut(f)).enumerate() {
+        let (gate, up) = gate_up.split_at(f);
+        let dropout = dropout.map(|dropout| &dropout[row * f..(row + 1) * f]);
+        let numbers = gate.chunks(LANES).zip(up.chunks(LANES)).zip(out.chunks_mut(LANES));
+        match dropout {
+            // No closure: it would be compiled without the instruction set.
+            None => {
+                for ((gate, up), out) in numbers {
+                    // Two halves of each row are read side by side: no processor foresees where they go on.
+                    prefetch::<false, _>(gate.as_ptr().wrapping_add(2 * f), LANES);
+                    prefetch::<false, _>(up.as_ptr().wrapping_add(2 * f), LANES);
+                    N::store_any(value(simd, form, gate, up), out);
+                }
+            }
+            Some(dropout) => {
+                for (((gate, up), out), kept) in numbers.zip(dropout.chunks(LANES)) {
+                    N::store_any(value(simd, form, gate, up) * Lanes::load_any(simd, kept, 0.0), out);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn value<S: Simd, F: Form>(simd: S, form: F, gate: &[f32], up: &[f32]) -> Lanes<S> {
+    form.value(Lanes::load_any(simd, gate, 0.0), Lanes::load_any(simd, up, 0.0))
 }
 
 struct Backward<'a, F> {
@@ -257,9 +342,9 @@ impl<F: Form> Kernel for Backward<'_, F> {
             let factor = Lanes::splat(simd, factors.map_or(1.0, |factors| factors[row]));
             let mut dfactor = Lanes::splat(simd, 0.0);
             for first in (0..f).step_by(LANES) {
-                let last = f.min(first + LANES);
-                let at = |start: usize| start + first..start + last;
-                let (inside, gates, ups) = (at(row * f), at(row * 2 * f), at((row * 2 + 1) * f));
+                let Places { inside, gates, ups } = Places::new(row, first, f);
+                gate_up.prefetch(gates.start + 2 * f, LANES);
+                gate_up.prefetch(ups.start + 2 * f, LANES);
                 let [mut value, dgate, dup] =
                     form.slopes(gate_up.lanes(simd, gates.clone()), gate_up.lanes(simd, ups.clone()));
                 let slope = Lanes::load_any(simd, &dout[inside.clone()], 0.0);
@@ -343,7 +428,7 @@ mod tests {
                 let (gate_up, dout) = (wide(1, 2 * rows * f), wide(2, rows * f));
                 check(&gated_reference(gate, &gate_up, f, &dout), 2e-5, |isa| {
                     let (mut out, mut dgate_up) = (vec![f32::NAN; rows * f], vec![f32::NAN; 2 * rows * f]);
-                    gated_on(isa, gate, &gate_up, f, &mut out);
+                    gated_on(isa, gate, (&gate_up, f), None, NumbersMut::F32(&mut out), None);
                     let saved = GatedSaved { gate, f, gate_up: Numbers::F32(&gate_up), factors: None, dropout: None };
                     let dgate_up_room = NumbersMut::F32(&mut dgate_up);
                     let gradients = GatedGradients { dgate_up: dgate_up_room, out: None, dfactors: None };
@@ -372,8 +457,12 @@ mod tests {
         let mut gate_up = vec![0.0; 2 * rows * f];
         widen(&rounded, &mut gate_up);
         for gate in GATES {
+            let (mut found, mut kept) = (vec![0.0; rows * f], vec![0; 2 * rows * f]);
+            gated_keeping(gate, &gate_up, f, Some(&dropout), NumbersMut::F32(&mut found), Some(&mut kept));
+            assert_eq!(kept, rounded, "of numbers that are bf16 already");
             let [plain, slopes] = gated_reference(gate, &gate_up, f, &vec![1.0; rows * f]);
             let dropped: Vec<f32> = plain.iter().zip(&dropout).map(|(x, kept)| x * kept).collect();
+            crate::testing::assert_close("out", &found, &dropped, 4e-6);
             let out = (0..rows * f).map(|i| dropped[i] * factors[i / f]).collect();
             let dfactors = (0..rows).map(|row| (row * f..(row + 1) * f).map(|i| dout[i] * dropped[i]).sum()).collect();
             let dgate_up = (0..2 * rows * f)

@@ -2,10 +2,11 @@
 //!
 //! Legend: `rows` predictions, `vocab` classes. A target of `u32::MAX` ([`IGNORED`]) makes a row count for nothing.
 
+use crate::gemm::bf16_of;
 use crate::isa::Isa;
 use crate::parallel::DisjointMut;
 use crate::simd::math::{exp_nonpositive, largest, sum_of_exponentials};
-use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
+use crate::simd::{Kernel, LANES, Lanes, Number, Simd, dispatch};
 use crate::tasks::{for_each_block, rows as rows_of, rows_mut};
 
 /// Logits of a row that are taken at once: they stay in the first cache between the search for the largest and the
@@ -40,27 +41,45 @@ fn losses_on(isa: Isa, logits: &[f32], targets: &[u32], losses: &mut [f32]) {
 /// # Shapes
 /// `logits` `[rows, vocab]`, `targets` `[rows]`.
 pub fn cross_entropy_rows_backward_in_place(logits: &mut [f32], targets: &[u32], scale: f32) {
-    gradients_on(Isa::current(), logits, targets, None, scale);
+    gradients_on(Isa::current(), logits, targets, None, scale, None);
 }
 
-/// [`cross_entropy_rows`] and [`cross_entropy_rows_backward_in_place`] in one go, sharing the sums.
+/// [`cross_entropy_rows`] and [`cross_entropy_rows_backward_in_place`] in one go, sharing the sums; the gradient goes to
+/// `rounded` as bf16 instead, if there is room.
 ///
 /// # Shapes
-/// `logits` `[rows, vocab]`, `targets`, `losses` `[rows]`.
-pub fn cross_entropy_rows_with_gradient(logits: &mut [f32], targets: &[u32], losses: &mut [f32], scale: f32) {
-    gradients_on(Isa::current(), logits, targets, Some(losses), scale);
+/// `logits`, `rounded` `[rows, vocab]`, `targets`, `losses` `[rows]`.
+pub fn cross_entropy_rows_with_gradient(
+    logits: &mut [f32],
+    targets: &[u32],
+    losses: &mut [f32],
+    scale: f32,
+    rounded: Option<&mut [u16]>,
+) {
+    gradients_on(Isa::current(), logits, targets, Some(losses), scale, rounded);
 }
 
-fn gradients_on(isa: Isa, logits: &mut [f32], targets: &[u32], losses: Option<&mut [f32]>, scale: f32) {
+fn gradients_on(
+    isa: Isa,
+    logits: &mut [f32],
+    targets: &[u32],
+    losses: Option<&mut [f32]>,
+    scale: f32,
+    rounded: Option<&mut [u16]>,
+) {
     let vocab = vocab_of(logits, targets);
     assert!(losses.as_ref().is_none_or(|losses| losses.len() == targets.len()));
+    assert!(rounded.as_ref().is_none_or(|rounded| rounded.len() == logits.len()));
     let (logits, losses) = (DisjointMut::new(logits), losses.map(DisjointMut::new));
+    let rounded = rounded.map(DisjointMut::new);
     for_each_block(targets.len(), 2 * vocab, |rows| {
         // SAFETY: blocks of rows are disjoint.
         let logits = unsafe { rows_mut(&logits, &rows, vocab) };
         // SAFETY: as above.
         let losses = losses.as_ref().map(|losses| unsafe { losses.range(rows.clone()) });
-        dispatch(isa, Gradients { logits, targets: &targets[rows], losses, scale });
+        // SAFETY: as above.
+        let rounded = rounded.as_ref().map(|rounded| unsafe { rows_mut(rounded, &rows, vocab) });
+        dispatch(isa, Gradients { logits, targets: &targets[rows], losses, scale, rounded });
     });
 }
 
@@ -80,6 +99,12 @@ fn largest_and_sum<S: Simd>(simd: S, row: &[f32]) -> (f32, f64) {
         sum += f64::from(sum_of_exponentials(simd, chunk, shift));
     }
     (top, sum)
+}
+
+/// A class's part of the gradient.
+#[inline(always)]
+fn share<S: Simd>(logit: Lanes<S>, top: Lanes<S>, factor: Lanes<S>) -> Lanes<S> {
+    exp_nonpositive(logit - top) * factor
 }
 
 #[inline(always)]
@@ -110,6 +135,7 @@ struct Gradients<'a> {
     targets: &'a [u32],
     losses: Option<&'a mut [f32]>,
     scale: f32,
+    rounded: Option<&'a mut [u16]>,
 }
 
 impl Kernel for Gradients<'_> {
@@ -120,17 +146,30 @@ impl Kernel for Gradients<'_> {
         let vocab = vocab_of(self.logits, self.targets);
         for (i, (row, &target)) in self.logits.chunks_exact_mut(vocab).zip(self.targets).enumerate() {
             let mut loss = 0.0;
+            let mut rounded = self.rounded.as_mut().map(|rounded| &mut rounded[i * vocab..(i + 1) * vocab]);
             if target == IGNORED {
-                row.fill(0.0);
+                match &mut rounded {
+                    Some(rounded) => rounded.fill(0),
+                    None => row.fill(0.0),
+                }
             } else {
                 let (top, sum) = largest_and_sum(simd, row);
                 loss = loss_of(row, target, (top, sum));
                 let factor = Lanes::splat(simd, (f64::from(self.scale) / sum) as f32);
                 let top = Lanes::splat(simd, top);
-                for x in row.chunks_mut(LANES) {
-                    (exp_nonpositive(Lanes::load_any(simd, x, 0.0) - top) * factor).store_any(x);
+                if let Some(rounded) = rounded {
+                    for (x, to) in row.chunks(LANES).zip(rounded.chunks_mut(LANES)) {
+                        u16::store_any(share(Lanes::load_any(simd, x, 0.0), top, factor), to);
+                    }
+                    let mut of_target = [0.0; LANES];
+                    share(Lanes::splat(simd, row[target as usize]), top, factor).store(&mut of_target);
+                    rounded[target as usize] = bf16_of(of_target[0] - self.scale);
+                } else {
+                    for x in row.chunks_mut(LANES) {
+                        share(Lanes::load_any(simd, x, 0.0), top, factor).store_any(x);
+                    }
+                    row[target as usize] -= self.scale;
                 }
-                row[target as usize] -= self.scale;
             }
             if let Some(losses) = &mut self.losses {
                 losses[i] = loss;
@@ -179,6 +218,7 @@ fn log_sum_exp(row: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::narrow::narrow;
     use crate::testing::{check, numbers};
 
     #[test]
@@ -196,8 +236,12 @@ mod tests {
                 let mut losses = [vec![f32::NAN; rows], vec![f32::NAN; rows]];
                 let mut gradients = [logits.clone(), logits.clone()];
                 losses_on(isa, &logits, &targets, &mut losses[0]);
-                gradients_on(isa, &mut gradients[0], &targets, Some(&mut losses[1]), 0.25);
-                gradients_on(isa, &mut gradients[1], &targets, None, 0.25);
+                gradients_on(isa, &mut gradients[0], &targets, Some(&mut losses[1]), 0.25, None);
+                gradients_on(isa, &mut gradients[1], &targets, None, 0.25, None);
+                let (mut rounded, mut wanted) = (vec![9; rows * vocab], vec![0; rows * vocab]);
+                gradients_on(isa, &mut logits.clone(), &targets, None, 0.25, Some(&mut rounded));
+                narrow(&gradients[1], &mut wanted);
+                assert_eq!(rounded, wanted);
                 losses.into_iter().chain(gradients).collect()
             });
         }
@@ -211,7 +255,7 @@ mod tests {
         for isa in Isa::available() {
             let mut loss = [0.0];
             let mut gradient = logits.clone();
-            gradients_on(isa, &mut gradient, &[VOCABULARY_CHUNK as u32], Some(&mut loss), 1.0);
+            gradients_on(isa, &mut gradient, &[VOCABULARY_CHUNK as u32], Some(&mut loss), 1.0, None);
             assert!((loss[0] - 2f32.ln()).abs() < 1e-6);
             assert_eq!((gradient[0], gradient[VOCABULARY_CHUNK], gradient[VOCABULARY_CHUNK + 1]), (0.0, -0.5, 0.5));
             logits[5] = f32::NAN;

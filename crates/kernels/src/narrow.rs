@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::gemm::bf16_of;
 use crate::isa::Isa;
 use crate::parallel::DisjointMut;
-use crate::simd::{Kernel, LANES, Lanes, Number, Simd, dispatch};
+use crate::simd::{Kernel, LANES, Lanes, Number, Simd, dispatch, prefetch};
 use crate::tasks::for_each_block_of;
 
 /// Numbers kept in f32, or as the bits of bf16.
@@ -45,6 +45,15 @@ impl Numbers<'_> {
 }
 
 impl Numbers<'_> {
+    /// Calls some of them into the cache, or what stands behind the last.
+    #[inline(always)]
+    pub(crate) fn prefetch(self, start: usize, count: usize) {
+        match self {
+            Self::F32(data) => prefetch::<false, _>(data.as_ptr().wrapping_add(start), count),
+            Self::Bf16(data) => prefetch::<false, _>(data.as_ptr().wrapping_add(start), count),
+        }
+    }
+
     /// Up to 16 of them; the lanes beyond are zero.
     #[inline(always)]
     pub(crate) fn lanes<S: Simd>(self, simd: S, range: Range<usize>) -> Lanes<S> {

@@ -9,6 +9,7 @@ use chunks::Chunk;
 use moebius_kernels::gates::{self, Gate};
 use moebius_kernels::gemm::{Beta, Mat, Packed, Precision, matmul_packed};
 use moebius_kernels::memory::Buffer;
+use moebius_kernels::narrow::NumbersMut;
 use moebius_kernels::parallel;
 use moebius_kernels::select;
 use moebius_tensor::{Graph, Param, Rng, Tensor, TensorError, Var};
@@ -163,7 +164,7 @@ impl ExpertBank {
         let (assignments, width, offsets) = (rows.plan.n_assignments(), self.width, rows.plan.offsets());
         let biases = self.biases.as_ref();
         let mut inner = Buffer::scratch(assignments * width);
-        gate_up.all().write(2 * inner.len(), |gate_up| {
+        self.gated(gate_up.all(), rows.dropout, NumbersMut::F32(&mut inner), |gate_up| {
             if self.weighs_input {
                 let x_rows = weighted_rows(rows, 0..assignments);
                 self.gate_up.grouped_product(precision, &x_rows, None, offsets, gate_up);
@@ -171,7 +172,6 @@ impl ExpertBank {
                 self.gate_up.grouped_product(precision, rows.x, Some(rows.plan.token()), offsets, gate_up);
             }
             biases.inspect(|[bias, _]| add_by_expert(gate_up, bias.value().data(), offsets, 2 * width));
-            self.inner(gate_up, rows.dropout, &mut inner);
         });
         self.down.grouped_product(precision, &inner, None, offsets, y);
         biases.inspect(|[_, bias]| add_by_expert(y, bias.value().data(), offsets, rows.hidden));
@@ -194,14 +194,16 @@ impl ExpertBank {
         let outputs = gate_up.split(&chunks, 2 * width).into_iter().zip(chunks::split(&chunks, y, hidden));
         chunks::for_each(chunks.iter().zip(outputs).collect(), |(chunk, (kept, y))| {
             let bias = |which: usize| self.biases.as_ref().map(|biases| biases[which].value().data());
-            let mut inner = Buffer::scratch(chunk.rows.len() * width);
-            kept.write(2 * inner.len(), |gate_up| {
+            let dropout = rows.dropout.map(|dropout| of_rows(dropout, chunk, width));
+            let mut inner = Stored::scratch(true, precision, chunk.rows.len() * width);
+            let kept = kept.as_mut().map(NumbersMut::as_mut);
+            let room = inner.all().expect("the next product reads it");
+            self.gated(kept, dropout, room, |gate_up| {
                 let x_rows = self.rows_read(rows, &x, chunk.rows.clone());
                 product(x_rows.matrix(hidden), &up_matrices[chunk.expert], gate_up);
                 bias(0).inspect(|bias| add_to_rows(gate_up, of_expert(bias, chunk, 2 * width)));
-                self.inner(gate_up, rows.dropout.map(|dropout| of_rows(dropout, chunk, width)), &mut inner);
             });
-            product(Mat::new(&inner, chunk.rows.len(), width), &down_matrices[chunk.expert], y);
+            product(inner.matrix(width), &down_matrices[chunk.expert], y);
             bias(1).inspect(|bias| add_to_rows(y, of_expert(bias, chunk, hidden)));
         });
     }
@@ -214,10 +216,29 @@ impl ExpertBank {
         }
     }
 
-    /// act(gate, up) less what is dropped, `[rows, width]`.
-    fn inner(&self, gate_up: &[f32], dropout: Option<&[f32]>, inner: &mut [f32]) {
-        gates::gated(self.gate, gate_up, self.width, inner);
-        thin(inner, dropout);
+    /// act(gate, up) less what is dropped into `inner` `[rows, width]`, for the gates and ups that `fill` makes; they
+    /// are kept in `kept`.
+    fn gated(
+        &self,
+        kept: Option<NumbersMut<'_>>,
+        dropout: Option<&[f32]>,
+        inner: NumbersMut<'_>,
+        fill: impl FnOnce(&mut [f32]),
+    ) {
+        let mut wide;
+        let (gate_up, rounded) = match kept {
+            Some(NumbersMut::F32(rows)) => (rows, None),
+            Some(NumbersMut::Bf16(rows)) => {
+                wide = Buffer::scratch(2 * inner.len());
+                (&mut wide[..], Some(rows))
+            }
+            None => {
+                wide = Buffer::scratch(2 * inner.len());
+                (&mut wide[..], None)
+            }
+        };
+        fill(gate_up);
+        gates::gated_keeping(self.gate, gate_up, self.width, dropout, inner, rounded);
     }
 
     /// Expert dropout (Fedus et al. 2021, section 2.4): drawn anew for each step by the graph's seed and for each bank by
@@ -270,13 +291,6 @@ fn of_expert<'m>(matrix: &'m [f32], chunk: &Chunk, width: usize) -> &'m [f32] {
 
 fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
     rows.chunks_exact_mut(bias.len().max(1)).for_each(|row| select::add_assign(row, bias));
-}
-
-/// Drops inner activations, or their gradients.
-fn thin(inner: &mut [f32], dropout: Option<&[f32]>) {
-    if let Some(factors) = dropout {
-        inner.iter_mut().zip(factors.iter()).for_each(|(inner, factor)| *inner *= factor);
-    }
 }
 
 /// Adds each expert's bias to its rows.

@@ -7,8 +7,10 @@
 //! In bf16 the three products that give the gradients have rounded operands. The other two are as in f32: the
 //! probabilities are those that gave the answers, and their gradients lose most of their digits against the shift.
 
+mod working;
+
 use super::forward::{KEY_INDEX, capped};
-use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, pair_rows, prefetch, transpose_rows};
+use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, pair_rows, transpose_rows};
 use super::tile::{Element, Left, Pair, Product, Right, TILE_ROWS};
 use super::{AttentionShape, Saved};
 use crate::gemm::Precision;
@@ -16,10 +18,11 @@ use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
 use crate::simd::math::exp_nonpositive;
-use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
+use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch, prefetch};
 use crate::tasks::for_each_task;
 use std::marker::PhantomData;
 use std::ops::Range;
+use working::{Sizes, Working};
 
 /// Queries taken against a block of keys at once.
 const QUERY_ROWS: usize = 8 * TILE_ROWS;
@@ -110,109 +113,6 @@ struct BackwardTask<'a, O> {
     rows: Range<usize>,
     sizes: Sizes,
     operands: PhantomData<O>,
-}
-
-/// How much of everything a task has.
-#[derive(Clone, Copy)]
-struct Sizes {
-    length: usize,
-    /// Rows of words along the sequence.
-    word_rows: usize,
-    group: usize,
-    /// Of a row of queries and keys, in whole vectors.
-    width: usize,
-    /// Of a row of values, in whole vectors.
-    value_width: usize,
-    /// Of a row of dot products as pairs; 0 where they are no pairs.
-    key_pairs: usize,
-}
-
-/// The task's rows; query rows of one head stand together, heads follow each other. Words are numbers, or pairs in their
-/// bits.
-struct Working<'a> {
-    /// `[group, length, width]`
-    q: &'a mut [f32],
-    /// The same as words along the sequence, `[group, word_rows, width]`; empty where numbers are words.
-    q_words: &'a mut [f32],
-    /// `[group, length, value_width]`
-    dout: &'a mut [f32],
-    /// The same as words along the sequence, `[group, word_rows, value_width]`; empty where numbers are words.
-    dout_words: &'a mut [f32],
-    /// `[group, length, width]`
-    dq: &'a mut [f32],
-    /// Words along the sequence, `[word_rows, width]`.
-    k: &'a mut [f32],
-    /// `[length, width]`
-    dk: &'a mut [f32],
-    /// `[length, value_width]`
-    dv: &'a mut [f32],
-    /// `[width, KEY_BLOCK]`
-    keys_transposed: &'a mut [f32],
-    /// `[value_width, KEY_BLOCK]`
-    values_transposed: &'a mut [f32],
-    /// `[TILE_ROWS, KEY_BLOCK]` dot products
-    scores: &'a mut [f32],
-    /// `[TILE_ROWS, KEY_BLOCK]` gradients of probabilities
-    slopes: &'a mut [f32],
-    /// Words along the queries, `[QUERY_ROWS words, KEY_BLOCK]`.
-    probabilities: &'a mut [f32],
-    /// Gradients of dot products as words along the queries, `[QUERY_ROWS words, KEY_BLOCK]`.
-    dscores: &'a mut [f32],
-    /// The same as words along the keys, `[QUERY_ROWS, key_pairs]`; empty where numbers are words.
-    dscore_pairs: &'a mut [f32],
-    /// `Σ dout * out` of each query row.
-    shift: &'a mut [f32],
-}
-
-impl<'a> Working<'a> {
-    fn parts(sizes: &Sizes) -> [usize; 16] {
-        let Sizes { length, word_rows, group, width, value_width, key_pairs } = *sizes;
-        let group_words = if key_pairs > 0 { group * word_rows } else { 0 };
-        [
-            group * length * width,
-            group_words * width,
-            group * length * value_width,
-            group_words * value_width,
-            group * length * width,
-            word_rows * width,
-            length * width,
-            length * value_width,
-            KEY_BLOCK * width,
-            KEY_BLOCK * value_width,
-            TILE_ROWS * KEY_BLOCK,
-            TILE_ROWS * KEY_BLOCK,
-            QUERY_ROWS * KEY_BLOCK,
-            QUERY_ROWS * KEY_BLOCK,
-            QUERY_ROWS * key_pairs,
-            group * length,
-        ]
-    }
-
-    #[inline(always)]
-    fn divide(memory: &'a mut [f32], sizes: &Sizes) -> Self {
-        let mut rest = memory;
-        let parts = Self::parts(sizes).map(|numbers| rest.split_off_mut(..numbers).expect("as many as all parts have"));
-        let [q, q_words, dout, dout_words, dq, k, dk, dv, keys_transposed, rest @ ..] = parts;
-        let [values_transposed, scores, slopes, probabilities, dscores, dscore_pairs, shift] = rest;
-        Self {
-            q,
-            q_words,
-            dout,
-            dout_words,
-            dq,
-            k,
-            dk,
-            dv,
-            keys_transposed,
-            values_transposed,
-            scores,
-            slopes,
-            probabilities,
-            dscores,
-            dscore_pairs,
-            shift,
-        }
-    }
 }
 
 impl<O: Operands> Kernel for BackwardTask<'_, O> {
@@ -486,7 +386,7 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
 fn write_rows<S: Simd>(simd: S, from: &[f32], rows: &Range<usize>, to: &DisjointMut<'_, f32>, layout: HeadRows<'_>) {
     for (row, from) in rows.clone().zip(from.chunks_exact(padded(layout.head_dim))) {
         let at = row * layout.width + layout.offset;
-        prefetch::<true>(to.at(at).wrapping_add(AHEAD * layout.width), layout.head_dim);
+        prefetch::<true, _>(to.at(at).wrapping_add(AHEAD * layout.width), layout.head_dim);
         // SAFETY: a task has its rows of its heads to itself.
         let to = unsafe { to.range(at..at + layout.head_dim) };
         for (to, from) in to.chunks_mut(LANES).zip(from.as_chunks::<LANES>().0) {

@@ -8,13 +8,13 @@
 use super::AttentionShape;
 use super::cache::{BlockOf, LayerCache};
 use super::latent::LatentCache;
-use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, prefetch, transpose_rows};
+use super::pack::{AHEAD, HeadRows, KEY_BLOCK, copy_rows, padded, transpose_rows};
 use super::tile::{Element, Left, Mixture, Product, Right, TILE_ROWS};
 use crate::isa::Isa;
 use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
 use crate::simd::math::{exp_nonpositive, ln, tanh};
-use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch};
+use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch, prefetch};
 use crate::tasks::for_each_task;
 use std::ops::Range;
 
@@ -432,7 +432,7 @@ impl ForwardTask<'_> {
             let row = self.sequence.first_row + self.task.rows.start + i / group;
             let head = self.task.kv_head * group + i % group;
             let at = row * shape.out_width() + head * value_dim;
-            prefetch::<true>(self.results.out.at(at).wrapping_add(AHEAD / group * shape.out_width()), value_dim);
+            prefetch::<true, _>(self.results.out.at(at).wrapping_add(AHEAD / group * shape.out_width()), value_dim);
             // SAFETY: this task alone writes these rows of these heads.
             let out = unsafe { self.results.out.range(at..at + value_dim) };
             let sum = Lanes::splat(simd, block.sums[i]);

@@ -1,6 +1,6 @@
 //! Copies of one head's rows in the layouts that the tiles read.
 
-use crate::simd::{LANES, Lanes, Simd};
+use crate::simd::{LANES, Lanes, Simd, prefetch};
 use std::ops::Range;
 
 /// Keys of a block; blocks stand at multiples of this position in every call, whatever rows are asked for.
@@ -35,22 +35,8 @@ impl<'a> HeadRows<'a> {
     /// processor foresees.
     #[inline(always)]
     pub(super) fn prefetch(&self, row: usize) {
-        prefetch::<false>(self.data.as_ptr().wrapping_add(row * self.width + self.offset), self.head_dim);
+        prefetch::<false, _>(self.data.as_ptr().wrapping_add(row * self.width + self.offset), self.head_dim);
     }
-}
-
-/// Calls the lines of some numbers into the cache, to be read or written.
-#[inline(always)]
-pub(super) fn prefetch<const WRITE: bool>(start: *const f32, numbers: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..numbers).step_by(LANES) {
-        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
-        let start = start.wrapping_add(line).cast();
-        // SAFETY: every processor that this is compiled for takes these as hints: the address is not touched.
-        unsafe { if WRITE { _mm_prefetch::<_MM_HINT_ET0>(start) } else { _mm_prefetch::<_MM_HINT_T0>(start) } };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (start, numbers);
 }
 
 /// Copies rows into `to` `[rows, padded(head_dim)]`, zeros behind each row.

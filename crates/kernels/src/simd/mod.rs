@@ -166,6 +166,20 @@ impl Number for u16 {
     }
 }
 
+/// Calls the lines of some values into the cache, to be read or written.
+#[inline(always)]
+pub(crate) fn prefetch<const WRITE: bool, T>(start: *const T, count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..count * size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+        let start = start.wrapping_byte_add(line).cast();
+        // SAFETY: every processor that this is compiled for takes these as hints: the address is not touched.
+        unsafe { if WRITE { _mm_prefetch::<_MM_HINT_ET0>(start) } else { _mm_prefetch::<_MM_HINT_T0>(start) } };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, count);
+}
+
 /// Two bf16 in the bits of an f32.
 #[inline(always)]
 fn pair(low: u16, high: u16) -> f32 {

@@ -1,11 +1,12 @@
 //! The backward pass of an [`ExpertBank`], chunk by chunk, and the gradients of its weights from what that leaves.
 
 use super::chunks::{self, Chunk};
-use super::stored::{Source, Stored, StoredMut};
+use super::stored::{Source, Stored, matrix};
 use super::{ExpertBank, Inputs, Rows, Saved, of_expert, of_rows, product};
 use moebius_kernels::gates::{self, GatedGradients, GatedSaved};
 use moebius_kernels::gemm::{Beta, Precision, grouped_matmul_weight_gradient};
 use moebius_kernels::memory::Buffer;
+use moebius_kernels::narrow::NumbersMut;
 use moebius_kernels::select;
 use moebius_tensor::Backprop;
 
@@ -26,9 +27,9 @@ struct Slopes {
 /// The places of a chunk's rows in [`Slopes`].
 struct Task<'t> {
     chunk: &'t Chunk,
-    dy_rows: StoredMut<'t>,
-    inner: StoredMut<'t>,
-    dgate_up: StoredMut<'t>,
+    dy_rows: NumbersMut<'t>,
+    inner: NumbersMut<'t>,
+    dgate_up: NumbersMut<'t>,
     dx_rows: &'t mut [f32],
     dweights: &'t mut [f32],
 }
@@ -37,9 +38,9 @@ impl Slopes {
     fn tasks<'t>(&'t mut self, chunks: &'t [Chunk], hidden: usize, width: usize) -> Vec<Task<'t>> {
         let Self { dy_rows, inner, dgate_up, dx_rows, dweights } = self;
         let dx_width = if dx_rows.is_empty() { 0 } else { hidden };
-        let stored = (dy_rows.split(chunks, hidden).into_iter())
-            .zip(inner.split(chunks, width))
-            .zip(dgate_up.split(chunks, 2 * width));
+        // All of them are for products.
+        let split = |stored: &'t mut Stored, width: usize| stored.split(chunks, width).into_iter().flatten();
+        let stored = split(dy_rows, hidden).zip(split(inner, width)).zip(split(dgate_up, 2 * width));
         let plain = chunks::split(chunks, dx_rows, dx_width).into_iter().zip(chunks::split(chunks, dweights, 1));
         let task = |((chunk, ((dy_rows, inner), dgate_up)), (dx_rows, dweights))| Task {
             chunk,
@@ -136,7 +137,7 @@ impl ExpertBank {
             let dropout = rows.dropout.map(|dropout| of_rows(dropout, chunk, width));
             dy.gather_into(hidden, tokens, dy_rows);
             let mut dinner = Buffer::scratch(count * width);
-            product(dy_rows.matrix(hidden), &down_matrices[chunk.expert], &mut dinner);
+            product(matrix(dy_rows.as_ref(), hidden), &down_matrices[chunk.expert], &mut dinner);
             let saved = GatedSaved {
                 gate: self.gate,
                 f: width,
@@ -145,15 +146,15 @@ impl ExpertBank {
                 dropout,
             };
             let gradients = GatedGradients {
-                dgate_up: dgate_up.room(),
-                out: Some(inner.room()),
+                dgate_up: dgate_up.as_mut(),
+                out: Some(inner.as_mut()),
                 dfactors: (!self.weighs_input).then_some(&mut **dweights),
             };
             gates::gated_backward(&saved, &dinner, gradients);
             if wants_input {
-                product(dgate_up.matrix(2 * width), &up_matrices[chunk.expert], dx_rows);
+                product(matrix(dgate_up.as_ref(), 2 * width), &up_matrices[chunk.expert], dx_rows);
             }
-            if let (Some([_, bias]), StoredMut::F32(dy_rows), false) = (&self.biases, &dy_rows, self.weighs_input) {
+            if let (Some([_, bias]), NumbersMut::F32(dy_rows), false) = (&self.biases, &dy_rows, self.weighs_input) {
                 let bias = of_expert(bias.value().data(), chunk, hidden);
                 let of_bias = |dy: &[f32]| dy.iter().zip(bias).map(|(dy, bias)| dy * bias).sum::<f32>();
                 dweights.iter_mut().zip(dy_rows.chunks_exact(hidden)).for_each(|(sum, dy)| *sum += of_bias(dy));

@@ -20,13 +20,6 @@ pub(super) enum Stored {
     Bf16(Buffer<u16>),
 }
 
-/// Some rows of [`Stored`], to be written.
-pub(super) enum StoredMut<'m> {
-    Nothing,
-    F32(&'m mut [f32]),
-    Bf16(&'m mut [u16]),
-}
-
 /// A matrix to gather rows from.
 pub(super) enum Source<'m> {
     F32(&'m [f32]),
@@ -43,28 +36,27 @@ impl Stored {
         }
     }
 
-    /// The rows of each chunk, of `width` numbers.
-    pub(super) fn split(&mut self, chunks: &[Chunk], width: usize) -> Vec<StoredMut<'_>> {
+    /// The rows of each chunk, of `width` numbers, to be written.
+    pub(super) fn split(&mut self, chunks: &[Chunk], width: usize) -> Vec<Option<NumbersMut<'_>>> {
         match self {
-            Self::Nothing => chunks.iter().map(|_| StoredMut::Nothing).collect(),
-            Self::F32(all) => chunks::split(chunks, all, width).into_iter().map(StoredMut::F32).collect(),
-            Self::Bf16(all) => chunks::split(chunks, all, width).into_iter().map(StoredMut::Bf16).collect(),
+            Self::Nothing => chunks.iter().map(|_| None).collect(),
+            Self::F32(all) => chunks::split(chunks, all, width).into_iter().map(NumbersMut::F32).map(Some).collect(),
+            Self::Bf16(all) => chunks::split(chunks, all, width).into_iter().map(NumbersMut::Bf16).map(Some).collect(),
         }
     }
 
-    /// All of it, to be written.
-    pub(super) fn all(&mut self) -> StoredMut<'_> {
+    /// All of it, to be written, if somebody will read it.
+    pub(super) fn all(&mut self) -> Option<NumbersMut<'_>> {
         match self {
-            Self::Nothing => StoredMut::Nothing,
-            Self::F32(all) => StoredMut::F32(all),
-            Self::Bf16(all) => StoredMut::Bf16(all),
+            Self::Nothing => None,
+            Self::F32(all) => Some(NumbersMut::F32(all)),
+            Self::Bf16(all) => Some(NumbersMut::Bf16(all)),
         }
     }
 
     /// As the operand of a product, rows of `width` numbers.
     pub(super) fn matrix(&self, width: usize) -> Mat<'_> {
-        let all = self.numbers();
-        Mat::of(all, all.len() / width.max(1), width)
+        matrix(self.numbers(), width)
     }
 
     /// All of it, to be read.
@@ -90,38 +82,9 @@ impl Stored {
     }
 }
 
-impl StoredMut<'_> {
-    /// Runs `make` on room for `len` numbers, and keeps what it leaves there.
-    pub(super) fn write<T>(&mut self, len: usize, make: impl FnOnce(&mut [f32]) -> T) -> T {
-        if let Self::F32(rows) = self {
-            return make(rows);
-        }
-        let mut wide = Buffer::scratch(len);
-        let made = make(&mut wide);
-        if let Self::Bf16(rows) = self {
-            narrow(&wide, rows);
-        }
-        made
-    }
-
-    /// As the operand of a product, rows of `width` numbers.
-    pub(super) fn matrix(&self, width: usize) -> Mat<'_> {
-        let rows = match self {
-            Self::Nothing => unreachable!("rows that nobody reads"),
-            Self::F32(rows) => Numbers::F32(rows),
-            Self::Bf16(rows) => Numbers::Bf16(rows),
-        };
-        Mat::of(rows, rows.len() / width.max(1), width)
-    }
-
-    /// The room itself.
-    pub(super) fn room(&mut self) -> NumbersMut<'_> {
-        match self {
-            Self::Nothing => unreachable!("rows that nobody reads"),
-            Self::F32(rows) => NumbersMut::F32(rows),
-            Self::Bf16(rows) => NumbersMut::Bf16(rows),
-        }
-    }
+/// The operand of a product, rows of `width` numbers.
+pub(super) fn matrix(numbers: Numbers<'_>, width: usize) -> Mat<'_> {
+    Mat::of(numbers, numbers.len() / width.max(1), width)
 }
 
 impl<'m> Source<'m> {
@@ -141,15 +104,15 @@ impl<'m> Source<'m> {
     pub(super) fn gather(&self, width: usize, rows: &[u32]) -> Stored {
         let precision = if matches!(self, Self::F32(_)) { Precision::F32 } else { Precision::Bf16 };
         let mut out = Stored::scratch(true, precision, rows.len() * width);
-        self.gather_into(width, rows, &mut out.all());
+        out.all().iter_mut().for_each(|out| self.gather_into(width, rows, out));
         out
     }
 
     /// As [`Source::gather`], into room of the same kind.
-    pub(super) fn gather_into(&self, width: usize, rows: &[u32], out: &mut StoredMut<'_>) {
+    pub(super) fn gather_into(&self, width: usize, rows: &[u32], out: &mut NumbersMut<'_>) {
         match (self, out) {
-            (Self::F32(matrix), StoredMut::F32(out)) => select::gather_rows(matrix, width, rows, out),
-            (Self::Bf16(matrix), StoredMut::Bf16(out)) => select::gather_rows(matrix, width, rows, out),
+            (Self::F32(matrix), NumbersMut::F32(out)) => select::gather_rows(matrix, width, rows, out),
+            (Self::Bf16(matrix), NumbersMut::Bf16(out)) => select::gather_rows(matrix, width, rows, out),
             _ => unreachable!("rows of one kind, room of another"),
         }
     }
