@@ -62,7 +62,7 @@ impl Var {
         &self.value
     }
 
-    /// Its numbers and shape, without the copy that changing them would cost if this were not the last to hold them.
+    /// Its numbers and shape, to be changed: without a copy where nobody else holds them.
     pub fn into_value(self) -> Tensor {
         self.value
     }

@@ -54,57 +54,44 @@ pub(super) fn differentiate(
         if bounds[0] < bounds[1] {
             let (kv_head, rows) = (task % shape.n_kv_heads, bounds[0]..bounds[1]);
             match precision {
-                Precision::F32 => {
-                    dispatch(isa, BackwardTask::<Exact>::new(shape, saved, dout, gradients, kv_head, rows))
-                }
+                Precision::F32 => dispatch(isa, BackwardTask::<f32>::new(shape, saved, dout, gradients, kv_head, rows)),
                 Precision::Bf16 => {
-                    dispatch(isa, BackwardTask::<Rounded>::new(shape, saved, dout, gradients, kv_head, rows))
+                    dispatch(isa, BackwardTask::<Pair>::new(shape, saved, dout, gradients, kv_head, rows))
                 }
             }
         }
     });
 }
 
-/// How the operands of the products are held.
-trait Operands: Copy {
-    /// A number of a right operand, or numbers that follow each other along the sum.
-    type Word: Element;
+/// How the operands of the products are held: as numbers, or rounded to bf16 in pairs that follow each other along the
+/// sum, which stand in the bits of an f32.
+trait Word: Element {
     /// Numbers of a word.
     const NUMBERS: usize;
 
-    fn words(numbers: &[f32]) -> &[Self::Word];
+    fn all(words: &[f32]) -> &[Self];
 }
 
-/// In f32.
-#[derive(Clone, Copy)]
-struct Exact;
-
-impl Operands for Exact {
-    type Word = f32;
+impl Word for f32 {
     const NUMBERS: usize = 1;
 
     #[inline(always)]
-    fn words(numbers: &[f32]) -> &[f32] {
-        numbers
+    fn all(words: &[f32]) -> &[Self] {
+        words
     }
 }
 
-/// Rounded to bf16, pairs in the bits of an f32.
-#[derive(Clone, Copy)]
-struct Rounded;
-
-impl Operands for Rounded {
-    type Word = Pair;
+impl Word for Pair {
     const NUMBERS: usize = 2;
 
     #[inline(always)]
-    fn words(numbers: &[f32]) -> &[Pair] {
-        Pair::all(numbers)
+    fn all(words: &[f32]) -> &[Self] {
+        Self::of_words(words)
     }
 }
 
 /// One key head of one sequence.
-struct BackwardTask<'a, O> {
+struct BackwardTask<'a, W> {
     shape: &'a AttentionShape,
     saved: &'a Saved<'a>,
     dout: &'a [f32],
@@ -112,10 +99,10 @@ struct BackwardTask<'a, O> {
     kv_head: usize,
     rows: Range<usize>,
     sizes: Sizes,
-    operands: PhantomData<O>,
+    word: PhantomData<W>,
 }
 
-impl<O: Operands> Kernel for BackwardTask<'_, O> {
+impl<W: Word> Kernel for BackwardTask<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -142,7 +129,7 @@ impl<O: Operands> Kernel for BackwardTask<'_, O> {
     }
 }
 
-impl<'a, O: Operands> BackwardTask<'a, O> {
+impl<'a, W: Word> BackwardTask<'a, W> {
     fn new(
         shape: &'a AttentionShape,
         saved: &'a Saved<'a>,
@@ -154,13 +141,13 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
         let length = rows.len();
         let sizes = Sizes {
             length,
-            word_rows: length.div_ceil(O::NUMBERS),
+            word_rows: length.div_ceil(W::NUMBERS),
             group: shape.group(),
             width: padded(shape.head_dim),
             value_width: padded(shape.value_dim),
-            key_pairs: if O::NUMBERS > 1 { KEY_BLOCK / 2 } else { 0 },
+            key_pairs: if W::NUMBERS > 1 { KEY_BLOCK / 2 } else { 0 },
         };
-        Self { shape, saved, dout, gradients, kv_head, rows, sizes, operands: PhantomData }
+        Self { shape, saved, dout, gradients, kv_head, rows, sizes, word: PhantomData }
     }
 
     fn keys(&self, data: &'a [f32]) -> HeadRows<'a> {
@@ -201,7 +188,7 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
                 (self.queries(self.saved.q, head), self.answers(self.dout, head), self.answers(self.saved.out, head));
             copy_rows(simd, q, rows(), &mut working.q[of_head(head, length, width)]);
             copy_rows(simd, dout, rows(), &mut working.dout[of_head(head, length, value_width)]);
-            if O::NUMBERS > 1 {
+            if W::NUMBERS > 1 {
                 pair_rows(simd, q, rows(), &mut working.q_words[of_head(head, word_rows, width)]);
                 pair_rows(simd, dout, rows(), &mut working.dout_words[of_head(head, word_rows, value_width)]);
             }
@@ -214,7 +201,7 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
                 *shift = sum.sum();
             }
         }
-        match O::NUMBERS {
+        match W::NUMBERS {
             1 => copy_rows(simd, self.keys(self.saved.k), rows(), working.k),
             _ => pair_rows(simd, self.keys(self.saved.k), rows(), working.k),
         }
@@ -240,14 +227,14 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
             let reach = if self.shape.bidirectional { keys.len() } else { keys.len().min(rows.end - keys.start) };
             self.products(simd, working, head, &rows, reach);
             self.score_gradients(simd, working, head, &rows, first - queries.start, keys.start);
-            let (data, row_stride) = match O::NUMBERS {
+            let (data, row_stride) = match W::NUMBERS {
                 1 => (&working.dscores[(first - queries.start) * KEY_BLOCK..], KEY_BLOCK),
                 _ => (&working.dscore_pairs[(first - queries.start) * key_pairs..], key_pairs),
             };
-            let k = O::words(&working.k[keys.start / O::NUMBERS * width..]);
+            let k = W::all(&working.k[keys.start / W::NUMBERS * width..]);
             simd.call(Product {
                 rows: rows.len(),
-                depth: reach.div_ceil(O::NUMBERS),
+                depth: reach.div_ceil(W::NUMBERS),
                 a: Left { data, row_stride, k_stride: 1 },
                 b: Right { data: k, stride: width, vectors: width / LANES },
                 c: &mut working.dq[(head * length + first) * width..],
@@ -261,9 +248,9 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
             if from >= queries.end {
                 break;
             }
-            let here = (from - queries.start) / O::NUMBERS * KEY_BLOCK + first - keys.start;
-            let word = head * word_rows + from / O::NUMBERS;
-            let (dout, q) = match O::NUMBERS {
+            let here = (from - queries.start) / W::NUMBERS * KEY_BLOCK + first - keys.start;
+            let word = head * word_rows + from / W::NUMBERS;
+            let (dout, q) = match W::NUMBERS {
                 1 => (&*working.dout, &*working.q),
                 _ => (&*working.dout_words, &*working.q_words),
             };
@@ -273,9 +260,9 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
             ] {
                 simd.call(Product {
                     rows: TILE_ROWS.min(keys.end - first),
-                    depth: (queries.end - from).div_ceil(O::NUMBERS),
+                    depth: (queries.end - from).div_ceil(W::NUMBERS),
                     a: Left { data: &weights[here..], row_stride: 1, k_stride: KEY_BLOCK },
-                    b: Right { data: O::words(right), stride: width, vectors: width / LANES },
+                    b: Right { data: W::all(right), stride: width, vectors: width / LANES },
                     c: &mut gradient[first * width..],
                     c_stride: width,
                     accumulate: true,
@@ -330,23 +317,23 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
     ) {
         const VECTORS: usize = KEY_BLOCK / LANES;
         let zero = Lanes::splat(simd, 0.0);
-        for (i, row) in rows.clone().enumerate().step_by(O::NUMBERS) {
+        for (i, row) in rows.clone().enumerate().step_by(W::NUMBERS) {
             let mut results = [[[zero; VECTORS]; 2]; 2];
-            for (i, row) in (i..).zip(row..rows.end.min(row + O::NUMBERS)) {
+            for (i, row) in (i..).zip(row..rows.end.min(row + W::NUMBERS)) {
                 let kept = [self.log_sum(head, row), working.shift[head * self.sizes.length + row]];
                 let seen = self.shape.visible(row, self.sizes.length);
                 let inside = |position: usize| position.saturating_sub(first_key).min(KEY_BLOCK);
                 let seen = inside(seen.start)..inside(seen.end);
                 let part = i * KEY_BLOCK..(i + 1) * KEY_BLOCK;
                 let products = [&working.scores[part.clone()], &working.slopes[part]];
-                results[i % O::NUMBERS] = score_gradients(simd, self.shape, seen, kept, products);
+                results[i % W::NUMBERS] = score_gradients(simd, self.shape, seen, kept, products);
             }
-            let words = (place + i) / O::NUMBERS * KEY_BLOCK;
+            let words = (place + i) / W::NUMBERS * KEY_BLOCK;
             let probabilities = working.probabilities[words..][..KEY_BLOCK].as_chunks_mut::<LANES>().0;
             let dscores = working.dscores[words..][..KEY_BLOCK].as_chunks_mut::<LANES>().0;
             let [[p, d], [p_next, d_next]] = results;
             for v in 0..VECTORS {
-                if O::NUMBERS == 1 {
+                if W::NUMBERS == 1 {
                     p[v].store(&mut probabilities[v]);
                     d[v].store(&mut dscores[v]);
                 } else {
@@ -354,7 +341,7 @@ impl<'a, O: Operands> BackwardTask<'a, O> {
                     simd.store(simd.narrow_pairs(d[v].value, d_next[v].value), &mut dscores[v]);
                 }
             }
-            if O::NUMBERS > 1 {
+            if W::NUMBERS > 1 {
                 let pairs = &mut working.dscore_pairs[(place + i) * self.sizes.key_pairs..][..2 * self.sizes.key_pairs];
                 let pairs = pairs.as_chunks_mut::<LANES>().0.iter_mut();
                 for (d, to) in [d, d_next].as_flattened().chunks_exact(2).zip(pairs) {

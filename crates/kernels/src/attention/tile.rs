@@ -59,7 +59,7 @@ pub(super) struct Pair(f32);
 impl Pair {
     /// Numbers whose bits are pairs.
     #[inline(always)]
-    pub(super) fn all(words: &[f32]) -> &[Self] {
+    pub(super) fn of_words(words: &[f32]) -> &[Self] {
         // SAFETY: a transparent wrapper.
         unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
     }
@@ -303,37 +303,20 @@ impl<E: Element> MixtureTile<'_, E> {
         if range.is_empty() {
             return;
         }
-        let mut sums = [[simd.splat(0.0); V]; R];
         let [row_stride, k_stride] = self.weight_strides;
-        // SAFETY: the caller's promise covers every address below.
+        // SAFETY: the caller's promise: these rows, columns and k lie inside the slices.
         unsafe {
-            let mixed = |row: usize, v: usize| self.mixed.add((first + row) * self.mixed_stride + v * LANES);
-            for (row, sums) in sums.iter_mut().enumerate() {
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = simd.load(&*mixed(row, v).cast());
-                }
-            }
-            let mut weights = self.weights.add(first * row_stride + range.start * k_stride);
-            let mut values = self.values.add(range.start * self.value_stride);
-            for _ in range {
-                let mut columns = [simd.splat(0.0); V];
-                for (v, column) in columns.iter_mut().enumerate() {
-                    *column = E::load(simd, &*values.add(v * LANES).cast());
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let factor = simd.splat(*weights.add(row * row_stride));
-                    for (sum, column) in sums.iter_mut().zip(columns) {
-                        *sum = E::multiply_add(simd, factor, column, *sum);
-                    }
-                }
-                weights = weights.wrapping_add(k_stride);
-                values = values.wrapping_add(self.value_stride);
-            }
-            for (row, sums) in sums.into_iter().enumerate() {
-                for (v, sum) in sums.into_iter().enumerate() {
-                    simd.store(sum, &mut *mixed(row, v).cast());
-                }
-            }
+            let tile = Tile {
+                a: self.weights.add(first * row_stride + range.start * k_stride),
+                a_strides: self.weight_strides,
+                b: self.values.add(range.start * self.value_stride),
+                b_stride: self.value_stride,
+                c: self.mixed.add(first * self.mixed_stride),
+                c_stride: self.mixed_stride,
+                depth: range.len(),
+                accumulate: true,
+            };
+            tile.run::<S, R, V>(simd);
         }
     }
 }

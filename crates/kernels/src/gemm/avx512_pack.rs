@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 use super::kernels::Lines;
 use super::packed::{BLOCK_WORDS, LANES};
 use crate::narrow::Numbers;
+use crate::simd::x86::PAIRS;
 
 /// Sixteen lines (or words) of sixteen words (or lines).
 type Block = [__m512i; LANES];
@@ -312,17 +313,8 @@ fn round_pair(high: __m512, low: __m512) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn interleave(halves: __m512i) -> __m512i {
-    const ORDER: [u16; 32] = {
-        let mut order = [0; 32];
-        let mut i = 0;
-        while i < 32 {
-            order[i] = (i / 2 + i % 2 * 16) as u16;
-            i += 1;
-        }
-        order
-    };
     // SAFETY: two types for the same 512 bits.
-    let order: __m512i = unsafe { std::mem::transmute(ORDER) };
+    let order: __m512i = unsafe { std::mem::transmute(PAIRS) };
     _mm512_permutexvar_epi16(order, halves)
 }
 

@@ -134,6 +134,8 @@ mod tests {
         ExpNonpositive,
         Exp,
         Sigmoid,
+        Tanh,
+        Ln,
     }
 
     struct Apply<'a>(Function, &'a [f32; LANES]);
@@ -147,6 +149,8 @@ mod tests {
                 Function::ExpNonpositive => exp_nonpositive(x),
                 Function::Exp => exp(x),
                 Function::Sigmoid => sigmoid(x),
+                Function::Tanh => tanh(x),
+                Function::Ln => ln(x),
             }
             .store(&mut out);
             out
@@ -164,6 +168,16 @@ mod tests {
     }
 
     fn worst(function: Function, low: f32, high: f32, exact: impl Fn(f64) -> f64) -> f64 {
+        worst_by(|found, exact| (found / exact - 1.0).abs(), function, low, high, exact)
+    }
+
+    fn worst_by(
+        error: fn(f64, f64) -> f64,
+        function: Function,
+        low: f32,
+        high: f32,
+        exact: impl Fn(f64) -> f64,
+    ) -> f64 {
         let mut worst: f64 = 0.0;
         for x in numbers(low, high) {
             let reference = dispatch(Isa::Portable, Apply(function, &x));
@@ -172,7 +186,7 @@ mod tests {
                 assert_eq!(got.map(f32::to_bits), reference.map(f32::to_bits), "{isa:?}");
             }
             for (x, y) in x.into_iter().zip(reference) {
-                worst = worst.max((f64::from(y) / exact(f64::from(x)) - 1.0).abs());
+                worst = worst.max(error(f64::from(y), exact(f64::from(x))));
             }
         }
         worst
@@ -183,6 +197,13 @@ mod tests {
         assert!(worst(Function::ExpNonpositive, -87.336, 0.0, f64::exp) < 1.2e-7);
         assert!(worst(Function::Exp, -87.3, 88.72, f64::exp) < 1.2e-7);
         assert!(worst(Function::Sigmoid, -87.0, 87.0, |x| 1.0 / (1.0 + (-x).exp())) < 3e-7);
+        let distance = |found: f64, exact: f64| (found - exact).abs();
+        assert!(worst_by(distance, Function::Tanh, -20.0, 20.0, f64::tanh) < 3e-7);
+        let either = |found: f64, exact: f64| (found - exact).abs() / exact.abs().max(1.0);
+        for (low, high) in [(1e-37, 1.0), (0.5, 3.0), (1.0, 1e6), (1e6, 1e37)] {
+            let error = worst_by(either, Function::Ln, low, high, f64::ln);
+            assert!(error < 3e-7, "{error} between {low} and {high}");
+        }
     }
 
     #[test]

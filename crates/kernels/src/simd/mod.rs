@@ -10,7 +10,7 @@
 pub(crate) mod math;
 mod portable;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+pub(crate) mod x86;
 
 use crate::gemm::bf16_of;
 use crate::isa::Isa;

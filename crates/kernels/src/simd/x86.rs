@@ -31,7 +31,7 @@ pub(super) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 }
 
 /// From sixteen low halves and sixteen high halves to sixteen pairs.
-const PAIRS: [u16; 2 * LANES] = {
+pub(crate) const PAIRS: [u16; 2 * LANES] = {
     let mut order = [0; 2 * LANES];
     let mut i = 0;
     while i < 2 * LANES {
