@@ -7,8 +7,12 @@ use crate::weights::Weights;
 use crate::{Batch, ModelError};
 use moebius_kernels::attention::{AttentionShape, CachedSequence, attention_cached};
 use moebius_kernels::memory::Buffer;
+use moebius_kernels::parallel;
 use moebius_tensor::{Graph, Param, Tensor, Var, ops};
 use std::sync::Arc;
+
+/// Fewer numbers of keys than this are put into the caches by one thread.
+const SERIAL_PUSH: usize = 1 << 12;
 
 /// One layer's attention.
 #[derive(Debug)]
@@ -190,10 +194,11 @@ pub(crate) fn attend_cached(
     states: &mut [&mut LayerState],
 ) -> Var {
     let (key_width, value_width) = (shape.key_width(), shape.value_width());
-    for (state, bounds) in states.iter_mut().zip(batch.starts.windows(2)) {
-        let rows = |width: usize| bounds[0] * width..bounds[1] * width;
-        state.push(&k[rows(key_width)], &v[rows(value_width)]);
-    }
+    let serial = if k.len() < SERIAL_PUSH { usize::MAX } else { 1 };
+    parallel::for_each_chunk(states, 1, serial, |sequence, state| {
+        let rows = |width: usize| batch.starts[sequence] * width..batch.starts[sequence + 1] * width;
+        state[0].push(&k[rows(key_width)], &v[rows(value_width)]);
+    });
     let sequences: Vec<CachedSequence<'_>> = (states.iter().zip(batch.starts.windows(2)))
         .map(|(state, bounds)| CachedSequence { rows: bounds[1] - bounds[0], cache: state.cached() })
         .collect();

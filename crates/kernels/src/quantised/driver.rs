@@ -12,15 +12,14 @@ use crate::parallel::{self, DisjointMut};
 const SERIAL_BYTES: usize = 1 << 15;
 /// With fewer rows than this a product takes as long as reading the weights does.
 const READING_ROWS: usize = 4;
-/// Tasks a thread, so that a thread that is held up does not keep the others waiting, if each has so many bytes to read.
-const TASKS_PER_THREAD: usize = 16;
-const TASK_BYTES: usize = 1 << 17;
+/// A task is at most this part of what each thread has left, so that a thread that is held up does not keep the others
+/// waiting; but has so many bytes to read.
+const TASKS_PER_THREAD: usize = 4;
+const TASK_BYTES: usize = 1 << 16;
 /// Bytes of activations that stay in the second cache while panels pass over them.
 const CACHED_BYTES: usize = 1 << 19;
 /// At least so many rows share a reading of the weights, even if they leave that cache.
 const SHARING_ROWS: usize = 48;
-/// The most rows that any instruction set's kernel takes.
-const MOST_ROWS: usize = 8;
 /// With fewer rows than this the kernel for many rows, if there is one, loses to the other.
 const MANY_ROWS: usize = 8;
 /// And so it does with so few rows of a last tile.
@@ -197,22 +196,17 @@ fn run_few(
     let row_bytes = matrix.blocks() * size_of::<Record>();
     let together = (CACHED_BYTES / row_bytes.max(1)).max(SHARING_ROWS) / kernel.rows * kernel.rows;
     for first in rows.clone().step_by(together) {
-        let rows = first..rows.end.min(first + together);
+        let rows: Vec<_> = (first..rows.end.min(first + together)).map(records).collect();
         // As few tiles as it takes, of about equal height.
         let height = rows.len().div_ceil(rows.len().div_ceil(kernel.rows));
         for panel in panels.clone() {
-            for first in rows.clone().step_by(height) {
-                let block = first..rows.end.min(first + height);
-                let mut of_block = [std::ptr::null(); MOST_ROWS];
-                for (record, row) in of_block.iter_mut().zip(block.clone()) {
-                    *record = records(row);
-                }
+            for (tile, rows) in rows.chunks(height).enumerate() {
                 let tile = Tile {
                     panel: matrix.panel(panel).as_ptr(),
                     units: matrix.units(),
-                    fetch: block.start == rows.start,
-                    rows: &of_block[..block.len()],
-                    c: c.at(first * n + panel * LANES),
+                    fetch: tile == 0,
+                    rows,
+                    c: c.at((first + tile * height) * n + panel * LANES),
                     c_stride: n,
                     columns: LANES.min(n - panel * LANES),
                 };
@@ -224,20 +218,29 @@ fn run_few(
     }
 }
 
-/// Cuts the jobs into tasks of about equal work, the largest first.
+/// Cuts the jobs into tasks, the largest first, and ever smaller ones of what is left: the threads end together.
 fn cut(kernel: Kernel, jobs: &[Job], threads: usize) -> Vec<Task> {
-    let work: usize = jobs.iter().map(Job::work).sum();
+    let mut left: usize = jobs.iter().map(Job::work).sum();
     let least = READING_ROWS * TASK_BYTES;
-    let share = if threads == 1 { usize::MAX } else { work.div_ceil(threads * TASKS_PER_THREAD).max(least) };
+    let mut order: Vec<usize> = (0..jobs.len()).collect();
+    order.sort_by_key(|&job| std::cmp::Reverse(jobs[job].work()));
     let mut tasks = Vec::new();
-    for (index, job) in jobs.iter().enumerate() {
+    for index in order {
+        let job = &jobs[index];
         let panels = job.matrix.panels();
-        let mut step = panels.div_ceil(job.work().div_ceil(share).max(1)).max(1);
-        if kernel.takes_many(job.rows.len()) {
-            step = step.max(MANY_PANELS.min(panels.div_ceil(threads)));
+        let mut begun = 0;
+        while begun < panels {
+            let share = if threads == 1 { usize::MAX } else { (left / (threads * TASKS_PER_THREAD)).max(least) };
+            let panel_work = job.work().div_ceil(panels).max(1);
+            let mut step = (share / panel_work).max(1);
+            if kernel.takes_many(job.rows.len()) {
+                step = step.max(MANY_PANELS.min(panels.div_ceil(threads)));
+            }
+            let end = panels.min(begun + step);
+            tasks.push(Task { job: index, panels: begun..end });
+            left = left.saturating_sub((end - begun) * panel_work);
+            begun = end;
         }
-        tasks.extend((0..panels).step_by(step).map(|p| Task { job: index, panels: p..panels.min(p + step) }));
     }
-    tasks.sort_by_key(|task| std::cmp::Reverse(task.panels.len() * jobs[task.job].rows.len()));
     tasks
 }
