@@ -16,7 +16,10 @@ pub(crate) fn for_each_task(tasks: usize, cycles: usize, task: impl Fn(usize) + 
 
 /// Runs `task` on blocks of about `1 << 14` cycles of `items` items that cost `cycles_each`.
 pub(crate) fn for_each_block(items: usize, cycles_each: usize, task: impl Fn(Range<usize>) + Sync) {
-    let step = ((1 << 14) / cycles_each.max(1)).max(1).next_multiple_of(16);
+    let step = match (1 << 14) / cycles_each.max(1) {
+        few @ ..16 => few.max(1),
+        many => many.next_multiple_of(16),
+    };
     for_each_block_of(step, items, cycles_each, task);
 }
 

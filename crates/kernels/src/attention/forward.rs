@@ -15,7 +15,7 @@ use crate::memory::Buffer;
 use crate::parallel::DisjointMut;
 use crate::simd::math::{exp_nonpositive, ln, tanh};
 use crate::simd::{Kernel, LANES, Lanes, Simd, dispatch, prefetch};
-use crate::tasks::for_each_task;
+use crate::tasks::for_each_block;
 use std::ops::Range;
 
 /// Query rows (of all heads of a group) that share one packing of a key block: whole register tiles.
@@ -86,10 +86,15 @@ pub(super) fn attend(
             tasks.extend(starts.map(|start| Task { sequence: index, kv_head, rows: start..(start + step).min(rows) }));
         }
     }
-    for_each_task(tasks.len(), work / 4, |i| {
-        let task = &tasks[i];
-        let sequence = &sequences[task.sequence];
-        dispatch(isa, ForwardTask { shape, sinks, sequence, task, results });
+    let widths = padded(shape.head_dim) + padded(shape.value_dim);
+    for_each_block(tasks.len(), work / 4 / tasks.len().max(1), |some| {
+        let tasks = &tasks[some];
+        let rows = tasks.iter().map(|task| task.rows.len()).max().unwrap_or(0) * shape.group();
+        let mut scratch = Buffer::scratch((rows + KEY_BLOCK) * widths + 2 * rows);
+        for task in tasks {
+            let (sequence, scratch) = (&sequences[task.sequence], &mut scratch[..]);
+            dispatch(isa, ForwardTask { shape, sinks, sequence, task, results, scratch });
+        }
     });
 }
 
@@ -99,6 +104,8 @@ struct ForwardTask<'a> {
     sequence: &'a Sequence<'a>,
     task: &'a Task,
     results: Results<'a>,
+    /// For [`Block`], and a block of keys and of values.
+    scratch: &'a mut [f32],
 }
 
 /// A task's working memory. `rows` are stacked: the heads of the group at one position, then the next position.
@@ -128,19 +135,20 @@ impl Kernel for ForwardTask<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(mut self, simd: S) {
+        let scratch = std::mem::take(&mut self.scratch);
         let Self { shape, sequence, task, .. } = self;
         let (group, width, value_width) = (shape.group(), padded(shape.head_dim), padded(shape.value_dim));
         let rows = task.rows.len() * group;
         let head =
             |data, heads, head, head_dim| HeadRows { data, width: heads * head_dim, offset: head * head_dim, head_dim };
 
-        let mut scratch = Buffer::<f32>::scratch((rows + KEY_BLOCK) * (width + value_width) + 2 * rows);
         let (q, rest) = scratch.split_at_mut(rows * width);
         let (mixed, rest) = rest.split_at_mut(rows * value_width);
         let (key_block, rest) = rest.split_at_mut(KEY_BLOCK * width);
         let (value_block, rest) = rest.split_at_mut(KEY_BLOCK * value_width);
-        let (largest, sums) = rest.split_at_mut(rows);
+        let (largest, rest) = rest.split_at_mut(rows);
+        let sums = &mut rest[..rows];
         for (i, q) in q.chunks_exact_mut(width).enumerate() {
             let from = head(sequence.q, shape.n_heads, task.kv_head * group + i % group, shape.head_dim);
             let row = task.rows.start + i / group;

@@ -36,7 +36,7 @@ pub(super) struct Activations {
 }
 
 /// Fewer elements than this are quantised by one thread.
-const SERIAL_ELEMENTS: usize = 1 << 15;
+const SERIAL_ELEMENTS: usize = 1 << 14;
 /// Rows of a task.
 const TASK_ROWS: usize = 8;
 /// Added and taken away again, it leaves a number below 2^22 rounded to the nearest integer, whose low bits stand in
