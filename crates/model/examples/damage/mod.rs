@@ -1,19 +1,6 @@
-//! Damage to files, for the fuzzers: texts of JSON, and safetensors files with a header of it; and what may come of them.
+//! Damage to files, for the fuzzers: texts of JSON, and safetensors files with a header of it.
 
-use moebius_model::ModelError;
 use moebius_tensor::Rng;
-
-/// Why a reader's answer is none that it may give, or the error that it may.
-pub enum Refusal {
-    Error(ModelError),
-    Inconsistent(String),
-}
-
-impl From<ModelError> for Refusal {
-    fn from(error: ModelError) -> Self {
-        Self::Error(error)
-    }
-}
 
 /// Numbers that break careless readers.
 const NUMBERS: [&str; 16] = [

@@ -1,4 +1,4 @@
-//! Stored of numbers, in f32, or in bf16 where nothing but products reads them.
+//! Matrices that a bank makes for itself, in f32, or in bf16 where nothing but products reads them.
 
 use super::chunks::{self, Chunk};
 use moebius_kernels::gemm::{Mat, Precision};
