@@ -16,6 +16,7 @@ pub(super) static BF16: Kernels = Kernels {
     row_multiple: LANES,
     k_blocks: 24,
     precision: Precision::Bf16,
+    takes_unpacked: false,
     pack_rows: pack_rows::<true>,
     pack_panels: pack_panels::<true>,
     multiply: multiply::<Hardware>,

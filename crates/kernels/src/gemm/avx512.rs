@@ -15,6 +15,7 @@ pub(super) static F32: Kernels = Kernels {
     row_multiple: 1,
     k_blocks: 24,
     precision: Precision::F32,
+    takes_unpacked: true,
     pack_rows: pack_rows::<false>,
     pack_panels: pack_panels::<false>,
     multiply: multiply::<false>,
@@ -36,19 +37,31 @@ pub(super) static BF16: Kernels = Kernels {
 unsafe fn multiply<const BF16: bool>(product: &BlockProduct) {
     // SAFETY: handed on.
     unsafe {
+        match product.unpacked_stride {
+            None => blocks::<BF16, true>(product),
+            Some(_) => blocks::<BF16, false>(product),
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn blocks<const BF16: bool, const PACKED: bool>(product: &BlockProduct) {
+    // SAFETY: handed on.
+    unsafe {
         match product.rows {
-            1 => rows::<BF16, 1, 8>(product),
-            2 => rows::<BF16, 2, 8>(product),
-            3 => rows::<BF16, 3, 8>(product),
-            4 => rows::<BF16, 4, 4>(product),
-            5 => rows::<BF16, 5, 4>(product),
-            6 => rows::<BF16, 6, 4>(product),
-            7 => rows::<BF16, 7, 2>(product),
-            8 => rows::<BF16, 8, 2>(product),
-            9 => rows::<BF16, 9, 2>(product),
-            10 => rows::<BF16, 10, 2>(product),
-            11 => rows::<BF16, 11, 2>(product),
-            12 => rows::<BF16, 12, 2>(product),
+            1 => rows::<BF16, PACKED, 1, 8>(product),
+            2 => rows::<BF16, PACKED, 2, 8>(product),
+            3 => rows::<BF16, PACKED, 3, 8>(product),
+            4 => rows::<BF16, PACKED, 4, 4>(product),
+            5 => rows::<BF16, PACKED, 5, 4>(product),
+            6 => rows::<BF16, PACKED, 6, 4>(product),
+            7 => rows::<BF16, PACKED, 7, 2>(product),
+            8 => rows::<BF16, PACKED, 8, 2>(product),
+            9 => rows::<BF16, PACKED, 9, 2>(product),
+            10 => rows::<BF16, PACKED, 10, 2>(product),
+            11 => rows::<BF16, PACKED, 11, 2>(product),
+            12 => rows::<BF16, PACKED, 12, 2>(product),
             rows => unreachable!("a block of {rows} rows"),
         }
     }
@@ -57,32 +70,35 @@ unsafe fn multiply<const BF16: bool>(product: &BlockProduct) {
 /// All panels for a block of `ROWS` rows: `MOST` at a time, then fewer.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn rows<const BF16: bool, const ROWS: usize, const MOST: usize>(product: &BlockProduct) {
+unsafe fn rows<const BF16: bool, const PACKED: bool, const ROWS: usize, const MOST: usize>(product: &BlockProduct) {
     let panels = product.columns.div_ceil(LANES);
     let mut panel = 0;
     // SAFETY: handed on; each call's panels are among those of the product.
     unsafe {
         while MOST == 8 && panel + 8 <= panels {
-            tile::<BF16, ROWS, 8>(product, panel);
+            tile::<BF16, PACKED, ROWS, 8>(product, panel);
             panel += 8;
         }
         while MOST >= 4 && panel + 4 <= panels {
-            tile::<BF16, ROWS, 4>(product, panel);
+            tile::<BF16, PACKED, ROWS, 4>(product, panel);
             panel += 4;
         }
         while panel + 2 <= panels {
-            tile::<BF16, ROWS, 2>(product, panel);
+            tile::<BF16, PACKED, ROWS, 2>(product, panel);
             panel += 2;
         }
         if panel < panels {
-            tile::<BF16, ROWS, 1>(product, panel);
+            tile::<BF16, PACKED, ROWS, 1>(product, panel);
         }
     }
 }
 
 /// `ROWS` rows times `PANELS` panels, from panel `panel` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn tile<const BF16: bool, const ROWS: usize, const PANELS: usize>(product: &BlockProduct, panel: usize) {
+unsafe fn tile<const BF16: bool, const PACKED: bool, const ROWS: usize, const PANELS: usize>(
+    product: &BlockProduct,
+    panel: usize,
+) {
     let columns = product.columns - panel * LANES;
     // Columns of the last panel; those before it are whole.
     let last = columns.min(PANELS * LANES) - (PANELS - 1) * LANES;
@@ -105,6 +121,10 @@ unsafe fn tile<const BF16: bool, const ROWS: usize, const PANELS: usize>(product
                 _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(row * product.c_stride + p * LANES).cast());
             }
         }
+        let (row_stride, block_stride) = match product.unpacked_stride {
+            Some(stride) if !PACKED => (stride, LANES),
+            _ => (LANES, ROWS * LANES),
+        };
         let mut a = product.a;
         let mut b = product.b.add(panel * product.panel_stride);
         for _ in 0..product.k_blocks {
@@ -114,13 +134,13 @@ unsafe fn tile<const BF16: bool, const ROWS: usize, const PANELS: usize>(product
                     *columns = _mm512_load_si512(b.add(p * product.panel_stride + word * LANES).cast());
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    let a = _mm512_set1_epi32(a.add(row * LANES + word).read().cast_signed());
+                    let a = _mm512_set1_epi32(a.add(row * row_stride + word).read().cast_signed());
                     for (sum, &b) in sums.iter_mut().zip(&columns) {
                         *sum = add_product::<BF16>(*sum, a, b);
                     }
                 }
             }
-            a = a.add(ROWS * LANES);
+            a = a.add(block_stride);
             b = b.add(BLOCK_WORDS);
         }
         for (row, sums) in sums.iter().enumerate() {

@@ -118,20 +118,29 @@ fn run_task(kernels: &Kernels, job: &Job, task: &Task, c: &DisjointMut<f32>, bet
     }
     let (block_rows, block_k) = (kernels.block_rows, kernels.precision.block_k());
     let slab_rows = CACHED_ROWS.next_multiple_of(block_rows);
-    let most_rows = kernels.padded_rows(slab_rows.min(task.rows.len()));
+    let unpacked = if kernels.takes_unpacked { Lines::rows(a).words(kernels.precision) } else { None };
+    let most_rows = if unpacked.is_some() { 0 } else { kernels.padded_rows(slab_rows.min(task.rows.len())) };
     let mut words = Buffer::<u32>::scratch(most_rows * kernels.k_blocks.min(b.k_blocks()) * LANES);
     for rows in pieces(task.rows.clone(), slab_rows) {
         for k_blocks in pieces(0..b.k_blocks(), kernels.k_blocks) {
             let k = k_blocks.start * block_k..b.k().min(k_blocks.end * block_k);
             let accumulate = beta == Beta::Accumulate || k_blocks.start > 0;
-            kernels.pack_rows(&Lines::rows(a.row_range(rows.clone()).col_range(k)), &mut words);
+            if unpacked.is_none() {
+                kernels.pack_rows(&Lines::rows(a.row_range(rows.clone()).col_range(k)), &mut words);
+            }
             for panels in pieces(task.panels.clone(), CACHED_PANELS) {
                 let columns = panels.start * LANES..n.min(panels.end * LANES);
                 let b_start = panels.start * b.panel_words() + k_blocks.start * BLOCK_WORDS;
                 for block in pieces(rows.clone(), block_rows) {
-                    let a_start = (block.start - rows.start) * k_blocks.len() * LANES;
+                    let (a, unpacked_stride) = match unpacked {
+                        Some((a, stride)) => {
+                            (a.wrapping_add(block.start * stride + k_blocks.start * LANES), Some(stride))
+                        }
+                        None => (words[(block.start - rows.start) * k_blocks.len() * LANES..].as_ptr(), None),
+                    };
                     let product = BlockProduct {
-                        a: words[a_start..].as_ptr(),
+                        a,
+                        unpacked_stride,
                         rows: block.len(),
                         k_blocks: k_blocks.len(),
                         b: b.words()[b_start..].as_ptr(),
@@ -142,7 +151,7 @@ fn run_task(kernels: &Kernels, job: &Job, task: &Task, c: &DisjointMut<f32>, bet
                         accumulate,
                     };
                     // SAFETY: rows and columns lie in the job's part of C, which `run` checked, and belong to this
-                    // task alone; A was packed above, and B has these panels and k blocks.
+                    // task alone; A was packed above or has these rows and whole k blocks, and B these panels.
                     unsafe { kernels.multiply(&product) };
                 }
             }

@@ -18,6 +18,8 @@ pub(super) struct Kernels {
     /// Along how much of K, in k blocks, a block of rows goes before the next has its turn.
     pub(super) k_blocks: usize,
     pub(super) precision: Precision,
+    /// Whether the kernel reads rows where they stand, if their elements are words already.
+    pub(super) takes_unpacked: bool,
     pub(super) pack_rows: PackRowsFn,
     pub(super) pack_panels: PackPanelsFn,
     pub(super) multiply: MultiplyFn,
@@ -66,6 +68,19 @@ impl<'a> Lines<'a> {
         Self::rows(b.t())
     }
 
+    /// The words of the lines where they stand, and how many from a line to the next, if they are whole k blocks of
+    /// elements as products in `precision` take them.
+    pub(super) fn words(&self, precision: Precision) -> Option<(*const u32, usize)> {
+        let (data, per_word) = match (self.data, precision) {
+            (Numbers::F32(data), Precision::F32) => (data.as_ptr().cast::<u32>(), 1),
+            (Numbers::Bf16(data), Precision::Bf16) => (data.as_ptr().cast::<u32>(), 2),
+            _ => return None,
+        };
+        let (runs, whole) = (self.k_stride == 1, self.k.is_multiple_of(precision.block_k()));
+        let in_words = self.line_stride.is_multiple_of(per_word) && data.is_aligned();
+        (runs && whole && in_words).then_some((data, self.line_stride / per_word))
+    }
+
     /// Where element `k` of line `line` stands or would stand: for prefetching.
     pub(super) fn address(&self, line: usize, k: usize) -> *const i8 {
         let at = line * self.line_stride + k * self.k_stride;
@@ -91,8 +106,10 @@ impl<'a> Lines<'a> {
 
 /// A block of rows times some panels, along some of K: `c = [c +] a b`.
 pub(super) struct BlockProduct {
-    /// `[k blocks][rows, padded][16 words]`.
+    /// `[k blocks][rows, padded][16 words]`; or `[rows][k blocks][16 words]`, where the kernel takes that.
     pub(super) a: *const u32,
+    /// Words from a row of A to the next, if they are not packed.
+    pub(super) unpacked_stride: Option<usize>,
     pub(super) rows: usize,
     pub(super) k_blocks: usize,
     /// The first panel at the first k block; `[k blocks][16 words][16 columns]`.

@@ -9,6 +9,7 @@ pub(super) static F32: Kernels = Kernels {
     row_multiple: 1,
     k_blocks: 16,
     precision: Precision::F32,
+    takes_unpacked: false,
     pack_rows: pack_rows::<false>,
     pack_panels: pack_panels::<false>,
     multiply: multiply::<false>,
