@@ -122,10 +122,12 @@ def measure_moebius(is_dense, precision, shape, steps):
         path.write_text(recipe_of(is_dense, precision, shape, steps))
         binary = ROOT / "target/release/moebius"
         command = [str(binary), "--threads", "2", "train", str(path), "--out", f"{folder}/run"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        said = pathlib.Path(folder, "said")
+        with said.open("w") as file:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
         _, status, usage = os.wait4(process.pid, 0)
         if status != 0:
-            raise SystemExit(f"moebius train failed with status {status}")
+            raise SystemExit(f"moebius train ended with {os.waitstatus_to_exitcode(status)}: {said.read_text()[-2000:]}")
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
     steps = [line for line in lines if line["kind"] == "step"]
     # `seconds` of a step is its own duration, the optimiser's included.
