@@ -8,9 +8,10 @@ use moebius_kernels::attention::{self, AttentionShape, Saved};
 use moebius_kernels::gates::{self, Gate, GatedGradients, GatedSaved};
 use moebius_kernels::gemm::Precision;
 use moebius_kernels::isa::Isa;
+use moebius_kernels::machine::{Operands, peak_operations};
 use moebius_kernels::narrow::{Numbers, NumbersMut};
 use moebius_kernels::{activation, loss, norm, optimizer, rope, select};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const TOKENS: usize = 4096;
 const HIDDEN: usize = 256;
@@ -108,52 +109,6 @@ impl Bench {
 fn measure_bandwidth() -> f64 {
     let (mut a, b) = (vec![1.0f32; 32 << 20], vec![1.0f32; 32 << 20]);
     3.0 * 4.0 * a.len() as f64 / time(|| select::add_assign(&mut a, &b))
-}
-
-/// f32 operations a second of all threads: multiply-adds in registers.
-fn measure_peak() -> f64 {
-    const ROUNDS: usize = 2_000_000;
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    fn spin_wide(start: f32) -> f32 {
-        use std::arch::x86_64::*;
-        let factor = _mm512_set1_ps(start);
-        let mut sums = [_mm512_set1_ps(start); 12];
-        for _ in 0..ROUNDS {
-            for sum in &mut sums {
-                *sum = _mm512_fmadd_ps(*sum, factor, factor);
-            }
-        }
-        sums.iter().map(|&sum| _mm512_cvtss_f32(sum)).sum()
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    fn spin(start: f32) -> f32 {
-        use std::arch::x86_64::*;
-        let factor = _mm256_set1_ps(start);
-        let mut sums = [_mm256_set1_ps(start); 12];
-        for _ in 0..ROUNDS {
-            for sum in &mut sums {
-                *sum = _mm256_fmadd_ps(*sum, factor, factor);
-            }
-        }
-        sums.iter().map(|&sum| _mm256_cvtss_f32(sum)).sum()
-    }
-    #[cfg(target_arch = "x86_64")]
-    if Isa::current() >= Isa::Avx2 {
-        let is_wide = Isa::current() >= Isa::Avx512;
-        let seconds = time(|| {
-            let sums = rayon::broadcast(|_| {
-                let start = std::hint::black_box(0.999);
-                // SAFETY: the processor has the instruction set.
-                unsafe { if is_wide { spin_wide(start) } else { spin(start) } }
-            });
-            std::hint::black_box(sums);
-        });
-        let lanes = if is_wide { 16 } else { 8 };
-        return (2 * lanes * 12 * ROUNDS * rayon::current_num_threads()) as f64 / seconds;
-    }
-    f64::NAN
 }
 
 fn norms_and_activations(bench: &mut Bench) {
@@ -348,7 +303,8 @@ fn main() {
     let threads = std::env::args().nth(1).map_or(2, |n| n.parse().expect("the number of threads"));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
     pool.install(|| {
-        let mut bench = Bench { bandwidth: measure_bandwidth(), peak: measure_peak(), rows: Vec::new() };
+        let peak = peak_operations(Isa::current(), Operands::F32, Duration::from_millis(200));
+        let mut bench = Bench { bandwidth: measure_bandwidth(), peak, rows: Vec::new() };
         println!(
             "{:?}, {threads} threads, memory {:.1} GB/s, f32 {:.0} GFLOP/s",
             Isa::current(),

@@ -16,6 +16,7 @@ pub(crate) fn for_each_task(tasks: usize, cycles: usize, task: impl Fn(usize) + 
 
 /// Runs `task` on blocks of about `1 << 14` cycles of `items` items that cost `cycles_each`.
 pub(crate) fn for_each_block(items: usize, cycles_each: usize, task: impl Fn(Range<usize>) + Sync) {
+    // Cheap items, as single numbers, by whole registers; of wide rows each thread has some even if there are few.
     let step = match (1 << 14) / cycles_each.max(1) {
         few @ ..16 => few.max(1),
         many => many.next_multiple_of(16),

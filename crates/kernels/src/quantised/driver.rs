@@ -12,8 +12,8 @@ use crate::parallel::{self, DisjointMut};
 const SERIAL_BYTES: usize = 1 << 15;
 /// With fewer rows than this a product takes as long as reading the weights does.
 const READING_ROWS: usize = 4;
-/// A task is at most this part of what each thread has left, so that a thread that is held up does not keep the others
-/// waiting; but has so many bytes to read.
+/// What is left of a product would give each thread so many tasks of the next one's size: a thread that is held up does not
+/// keep the others waiting. But a task has so many bytes to read.
 const TASKS_PER_THREAD: usize = 4;
 const TASK_BYTES: usize = 1 << 16;
 /// Bytes of activations that stay in the second cache while panels pass over them.
